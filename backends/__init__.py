@@ -1,0 +1,1 @@
+"""How a program runs: targets as data, lowering, schedules, build, runtime, artifact."""

@@ -1,0 +1,500 @@
+"""An ARM device without an ARM: TVM's RPC server in an aarch64 process under qemu's user-mode emulation.
+
+    with Emulator() as device:
+        net = device.load("net.so")          # a Relax VM executable built for aarch64-linux-gnu
+        outputs = net.run([x])               # numpy in, numpy out
+
+Its results are those of the hardware; its times mean nothing.
+
+The guest needs no Python. It is a small C++ program (`SERVER` below), compiled here with the cross compiler that
+links ARM kernels anyway, on three libraries out of TVM's own aarch64 wheels: `libtvm_ffi`, `libtvm_runtime` and
+`libtvm_runtime_extra`. libc and libstdc++ are the cross compiler's. That is 7 MB, with no foreign packages and no root.
+
+The sequence that runs a Relax VM executable over RPC (`Emulator.load` does it; TVM 0.27), given a session:
+
+    executable = tvm.compile(module, target=tvm.target.Target(
+        {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}))
+    executable.export_library(path, fcompile=tvm.support.cc.cross_compiler("aarch64-linux-gnu-g++"))
+    session.upload(path, target="net.so")
+    machine = relax.VirtualMachine(session.load_module("net.so"), session.cpu(0))
+    machine.set_input("main", *[tvm.runtime.tensor(x, session.cpu(0)) for x in inputs])
+    machine.invoke_stateful("main")
+    outputs = machine.get_outputs("main")    # a tensor, or a tuple of what these may be: .numpy() each
+
+Calling `machine["main"](...)` works as well, but only for a single tensor: a tuple comes back as an opaque reference.
+A PrimFunc made by `te.create_prim_func` is called "main": give it another `global_symbol` beside a Relax `main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import filelock
+import numpy as np
+import platformdirs
+from numpy.typing import NDArray
+
+QEMU = "qemu-aarch64"
+COMPILER = "aarch64-linux-gnu-g++"
+COMMAND = "python -m paring.backends.emulator --prepare"
+TOOLS = {QEMU: "qemu-user", COMPILER: "g++-aarch64-linux-gnu"}
+PACKAGES = ("apache-tvm", "apache-tvm-ffi")
+LIBRARIES = ("libtvm_ffi.so", "libtvm_runtime.so", "libtvm_runtime_extra.so")
+LOCK_SECONDS = 900.0
+START_SECONDS = 60.0
+
+# One process serves one session, so that a kernel which crashes, hangs or leaks takes nothing else with it.
+# The key is the only password TVM's RPC has. It comes by standard input, because arguments can be read by every user;
+# the end of standard input means that the host has gone, even if it was killed, and ends the guest.
+SERVER = r"""
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <unistd.h>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
+
+namespace ffi = tvm::ffi;
+constexpr int32_t kMagic = 0xFF271;  // kRPCMagic of TVM, whose handshake this is
+
+bool Receive(int fd, void* data, size_t size) {
+  for (char* at = static_cast<char*>(data); size > 0;) {
+    ssize_t n = read(fd, at, size);
+    if (n <= 0) return false;
+    at += n;
+    size -= n;
+  }
+  return true;
+}
+
+bool Handshake(int fd, const std::string& key) {
+  int32_t magic = 0, size = 0;
+  if (!Receive(fd, &magic, 4) || magic != kMagic || !Receive(fd, &size, 4)) return false;
+  if (size < 0 || size > 4096) return false;
+  std::string theirs(size, '\0');
+  if (!Receive(fd, &theirs[0], size)) return false;
+  bool same = theirs == "client:" + key;
+  const int32_t accepted[] = {kMagic, 0}, refused[] = {kMagic + 2};  // 0: the length of our own name
+  send(fd, same ? accepted : refused, same ? 8 : 4, MSG_NOSIGNAL);
+  return same;
+}
+
+int main(int argc, char** argv) try {
+  ffi::Function loop = ffi::Function::GetGlobalRequired("rpc.ServerLoop");
+  ffi::Function::GetGlobalRequired("ffi.Module.load_from_file.relax.VMExecutable");
+  if (argc == 2 && argv[1] == std::string("--check")) return 0;
+  if (argc != 3) return 2;
+  int listener = std::atoi(argv[1]);
+  std::string folder = std::string(argv[2]) + "/", key;
+  for (char c; Receive(0, &c, 1) && c != '\n';) key += c;
+  std::thread([] {
+    for (char c; Receive(0, &c, 1);) {
+    }
+    _exit(0);
+  }).detach();
+  auto path = [folder](ffi::String name) { return ffi::String(folder + std::string(name)); };
+  auto load = [path](ffi::String name) { return ffi::Module::LoadFromFile(path(name)); };
+  ffi::Function::SetGlobal("tvm.rpc.server.workpath", ffi::Function::FromTyped(path), true);
+  ffi::Function::SetGlobal("tvm.rpc.server.load_module", ffi::Function::FromTyped(load), true);
+  for (;;) {
+    int client = accept(listener, nullptr, nullptr);
+    if (client < 0) return 3;
+    timeval patience{5, 0}, forever{0, 0};
+    setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    if (Handshake(client, key)) {
+      setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &forever, sizeof forever);
+      close(listener);
+      loop(client);
+      return 0;
+    }
+    close(client);
+  }
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
+}
+"""
+
+
+class EmulatorError(Exception):
+    """The emulated device cannot be had, or what ran on it failed: says what, why and what to do."""
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        package = TOOLS[name]
+        raise EmulatorError(f"no {name} on this host, which the emulated device needs: install it (Debian: {package})")
+    return path
+
+
+def _run(command: Sequence[str | Path], what: str, remedy: str) -> str:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()[-2000:]
+        raise EmulatorError(f"{what} failed (exit status {done.returncode}): {remedy}. It said:\n{said}")
+    return done.stdout.strip()
+
+
+def _sysroot() -> Path:
+    """The folder above the lib/ that holds the cross compiler's loader, libc and libstdc++, as qemu's -L wants it."""
+    loader = Path(_run([_tool(COMPILER), "-print-file-name=ld-linux-aarch64.so.1"], COMPILER, "reinstall it"))
+    if not loader.is_absolute():
+        raise EmulatorError(f"{COMPILER} has no C library for ARM: install one (Debian: libc6-dev-arm64-cross)")
+    return loader.resolve().parent.parent
+
+
+def _emulate(*command: str | Path, cpu: str = "max", threads: int = 1) -> list[str]:
+    # What the host preloads is not for the guest, whose libraries are found without help.
+    environment = ["-U", "LD_PRELOAD", "-U", "LD_LIBRARY_PATH", "-E", f"TVM_NUM_THREADS={threads}"]
+    return [_tool(QEMU), "-cpu", cpu, "-L", str(_sysroot()), *environment, *map(str, command)]
+
+
+def _requirements() -> list[str]:
+    try:
+        return [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise EmulatorError(f"{error.name} is not installed: pip install paring brings it") from error
+
+
+def _runtime() -> Path:
+    """Where the prepared runtime is, or will be: named by all that went into it."""
+    version = _run([_tool(COMPILER), "-dumpversion"], COMPILER, "reinstall it")
+    parts = "\n".join([*_requirements(), f"gcc=={version}", SERVER])
+    digest = hashlib.sha256(parts.encode()).hexdigest()[:16]
+    return Path(platformdirs.user_cache_dir("paring", appauthor=False)) / f"arm-{digest}"
+
+
+def missing() -> list[str]:
+    """What this host lacks to emulate an ARM device, each with what to install or run. Nothing is downloaded."""
+    if sys.platform != "linux":
+        return ["Linux (qemu emulates single programs there only)"]
+    lacks = [f"{name} (Debian: {package})" for name, package in TOOLS.items() if shutil.which(name) is None]
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(name)
+            continue
+        lacks.append(f"{name} (pip install {name})")
+    if not lacks and not _runtime().is_dir():
+        lacks.append(f"the ARM runtime (run: {COMMAND})")
+    return lacks
+
+
+def _cache() -> Path:
+    """The cache folder, made for this user alone: what lies in it gets executed."""
+    folder = Path(platformdirs.user_cache_dir("paring", appauthor=False))
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.geteuid():
+            raise EmulatorError(f"{folder} belongs to another user, who could change what runs: remove it or set HOME")
+        folder.chmod(0o700)
+    except OSError as error:
+        raise EmulatorError(f"cannot use the cache folder {folder}: {error}") from error
+    return folder
+
+
+def _download(folder: Path) -> list[Path]:
+    """Fetch TVM's aarch64 wheels of the versions installed here, from wherever pip is set up to fetch."""
+    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(40, 16, -1)]
+    python = f"--python-version={sys.version_info.major}.{sys.version_info.minor}"
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--implementation=cp", python, f"--dest={folder}"]
+    command = [sys.executable, "-m", "pip", "download", *options, *platforms, *_requirements()]
+    _run(command, "downloading TVM's aarch64 wheels", "see that pip is installed and reaches a package index")
+    return sorted(folder.glob("*.whl"))
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    """Take the runtime libraries and the C++ headers, and leave the rest: the compiler alone is 240 MB."""
+    wanted = re.compile(r"(?:tvm|tvm_ffi)/lib/(?P<library>\w+\.so)|tvm_ffi/include/(?P<header>(?:[\w-]+/)*[\w-]+\.h)")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            match = wanted.fullmatch(name)
+            if match is None or (match["library"] and match["library"] not in LIBRARIES):
+                continue
+            path = target / (match["library"] or f"include/{match['header']}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as source, path.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+
+
+def _compile(folder: Path) -> None:
+    source = folder / "server.cc"
+    source.write_text(SERVER)
+    libraries = [f"-l{name.removeprefix('lib').removesuffix('.so')}" for name in LIBRARIES]
+    # --no-as-needed: nothing in the server refers to libtvm_runtime_extra, which registers the RPC loop and the VM.
+    link = [f"-L{folder}", "-Wl,--no-as-needed", *libraries, "-lpthread", "-Wl,-rpath,$ORIGIN"]
+    server = folder / "server"
+    command = [_tool(COMPILER), "-std=c++17", "-O1", f"-I{folder}/include", str(source), "-o", str(server), *link]
+    _run(command, "compiling the ARM server", f"see that {COMPILER} works")
+    _run(_emulate(server, "--check"), "starting the ARM server", f"a newer {QEMU} or {COMPILER} may be needed")
+    source.unlink()
+    shutil.rmtree(folder / "include")
+
+
+def prepare(progress: Callable[[str], None] = lambda message: None) -> Path:
+    """Make sure that the ARM runtime is in the user's cache folder, and return where. Quick if it is there already."""
+    _tool(QEMU)
+    final = _runtime()
+    if final.is_dir():
+        return final
+    cache = _cache()
+    try:
+        with filelock.FileLock(cache / f"{final.name}.lock", timeout=LOCK_SECONDS):
+            if not final.is_dir():
+                _build(final, progress)
+    except filelock.Timeout as error:
+        raise EmulatorError(f"another process has been preparing {final} for {LOCK_SECONDS:.0f} s: end it") from error
+    except OSError as error:
+        raise EmulatorError(f"cannot write the ARM runtime {final}: {error}") from error
+    return final
+
+
+def _build(final: Path, progress: Callable[[str], None]) -> None:
+    prefix = f".{final.name}-"
+    # Under the lock of this runtime, unfinished folders of the same name can only be left from a killed process.
+    for stale in final.parent.glob(f"{prefix}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    building = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+    try:
+        (building / "wheels").mkdir()
+        (building / "runtime").mkdir()
+        progress(f"downloading {' and '.join(_requirements())} for aarch64 (about 95 MB)")
+        for wheel in _download(building / "wheels"):
+            progress(f"unpacking {wheel.name}")
+            _unpack(wheel, building / "runtime")
+        progress("compiling the server")
+        _compile(building / "runtime")
+        (building / "runtime").rename(final)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _stop(process: subprocess.Popen[bytes], folder: Path, owner: int) -> None:
+    """End the guest and its group. A forked child of the host inherits this duty, but the guest is not its own."""
+    if os.getpid() != owner:
+        return
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Guest:
+    """One emulated process and the session with it. Dead once it has been stopped, crashed or ran past a deadline."""
+
+    def __init__(self, cpu: str, threads: int, timeout: float) -> None:
+        self.cpu, self.timeout = cpu, timeout
+        self.lock = threading.RLock()
+        self.loaded = 0
+        runtime = prepare()
+        self._folder = Path(tempfile.mkdtemp(prefix="paring-arm-"))
+        self._log = self._folder / "log"
+        # The host listens and the guest inherits the socket, so no port has to be guessed or waited for.
+        with socket.create_server(("127.0.0.1", 0)) as listener, self._log.open("wb") as log:
+            self.port: int = listener.getsockname()[1]
+            socket_number = str(listener.fileno())
+            self.process = subprocess.Popen(
+                _emulate(runtime / "server", socket_number, self._folder, cpu=cpu, threads=threads),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[listener.fileno()],
+                cwd=self._folder,
+                start_new_session=True,
+            )
+        self.stop = weakref.finalize(self, _stop, self.process, self._folder, os.getpid())
+        with self.guard("starting the emulated device", min(timeout, START_SECONDS)):
+            self.session = self._connect()
+
+    def _connect(self) -> Any:
+        from tvm import rpc
+
+        key = secrets.token_hex(16)
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{key}\n".encode())
+        self.process.stdin.flush()
+        return rpc.connect("127.0.0.1", self.port, key)
+
+    def alive(self) -> bool:
+        return self.stop.alive and self.process.poll() is None
+
+    @contextlib.contextmanager
+    def guard(self, what: str, seconds: float | None = None) -> Iterator[None]:
+        """Run one exchange with the guest: alone, with a deadline kept on this side, and with a typed error."""
+        seconds = self.timeout if seconds is None else seconds
+        late = threading.Event()
+
+        def expire() -> None:
+            late.set()
+            self.process.kill()
+
+        with self.lock:
+            if not self.alive():
+                raise EmulatorError(f"{what} failed: {self._fate()}")
+            timer = threading.Timer(seconds, expire)
+            timer.daemon = True
+            timer.start()
+            try:
+                yield
+            except EmulatorError:
+                raise
+            except Exception as error:
+                reason = f"it took longer than {seconds:g} s: allow more time" if late.is_set() else self._fate(error)
+                raise EmulatorError(f"{what} failed: {reason}") from error
+            finally:
+                timer.cancel()
+
+    def _fate(self, error: Exception | None = None) -> str:
+        if not self.stop.alive:
+            return "the emulated device was closed: load the library again"
+        # When the guest dies the connection breaks first, its exit status follows.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0 if error else 0.0)
+        status = self.process.returncode
+        if status is None:
+            return f"the device answered: {error}"
+        if status == -signal.SIGILL:
+            return f"an instruction that the emulated CPU '{self.cpu}' does not have: compile for it, or choose another"
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        said = self._log.read_text(errors="replace").strip()[-2000:]
+        return f"the emulated process ended with {how}: load the library again. It said:\n{said}"
+
+
+class EmulatedModule:
+    """A library loaded on the emulated device. Calls from several threads take turns."""
+
+    def __init__(self, guest: _Guest, owner: Emulator, path: Path) -> None:
+        from tvm import relax
+
+        self.path = path
+        # The emulator stays up for as long as something loaded on it is in use.
+        self._owner, self._guest = owner, guest
+        with guest.guard(f"loading {path} on the emulated device"):
+            guest.loaded += 1
+            name = f"{guest.loaded}.so"
+            guest.session.upload(str(path), target=name)
+            self._device = guest.session.cpu(0)
+            self._machine = relax.VirtualMachine(guest.session.load_module(name), self._device)
+            guest.session.remove(name)
+
+    def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Call `main`. A tuple of outputs comes back as a list, nested ones flattened."""
+        import tvm
+
+        with self._guest.guard(f"running {self.path.name} on the emulated device"):
+            tensors = [tvm.runtime.tensor(_plain(x), self._device) for x in inputs]
+            self._machine.set_input("main", *tensors)
+            self._machine.invoke_stateful("main")
+            return [tensor.numpy() for tensor in _flatten(self._machine.get_outputs("main"))]
+
+
+def _plain(array: NDArray[Any]) -> NDArray[Any]:
+    """The same values, contiguous and in the byte order of both machines."""
+    array = np.asarray(array)
+    return np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
+
+
+def _flatten(outputs: Any) -> Iterator[Any]:
+    if isinstance(outputs, (tuple, list)):
+        for output in outputs:
+            yield from _flatten(output)
+    else:
+        yield outputs
+
+
+class Emulator:
+    """An emulated ARM device, started when first needed, and again when needed after `close()` or a crash.
+
+    `cpu` is one of `qemu-aarch64 -cpu help`: `max` has every extension qemu knows; an older one such as `cortex-a72`
+    shows that code does not rely on extensions it was not compiled for. `timeout` bounds each single exchange.
+    """
+
+    def __init__(self, cpu: str = "max", threads: int = 2, timeout: float = 600.0) -> None:
+        self.cpu, self.threads, self.timeout = cpu, threads, timeout
+        self._guest: _Guest | None = None
+        self._lock = threading.Lock()
+
+    def _started(self) -> _Guest:
+        with self._lock:
+            if self._guest is None or not self._guest.alive():
+                if self._guest is not None:
+                    self._guest.stop()
+                self._guest = _Guest(self.cpu, self.threads, self.timeout)
+            return self._guest
+
+    def session(self) -> Any:
+        """The `tvm.rpc` session with the device. Calls made on it directly have no deadline."""
+        return self._started().session
+
+    def load(self, library: str | Path) -> EmulatedModule:
+        """Load a Relax VM executable exported for aarch64-linux-gnu, whose entry is `main`."""
+        path = Path(library)
+        if not path.is_file():
+            raise EmulatorError(f"no library at {path}: export one with export_library")
+        return EmulatedModule(self._started(), self, path)
+
+    def pid(self) -> int | None:
+        """The emulated process, where one is running."""
+        return self._guest.process.pid if self._guest is not None and self._guest.alive() else None
+
+    def close(self) -> None:
+        """End the device and all that was loaded on it. Safe to call twice."""
+        with self._lock:
+            if self._guest is not None:
+                self._guest.stop()
+                self._guest = None
+
+    def __enter__(self) -> Emulator:
+        self._started()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Says what the emulated ARM device lacks on this host.")
+    parser.add_argument("--prepare", action="store_true", help="download and build the ARM runtime in the user's cache")
+    options = parser.parse_args()
+    try:
+        if options.prepare:
+            prepare(lambda message: print(message, file=sys.stderr, flush=True))
+    except EmulatorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    lacks = [f"missing: {lack}" for lack in missing()]
+    print("\n".join(lacks) or f"the emulated ARM device is ready: {_runtime()}")
+    return 1 if lacks else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

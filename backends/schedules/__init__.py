@@ -1,0 +1,1 @@
+"""Schedule families: each takes a region and its knobs and gives a PrimFunc."""

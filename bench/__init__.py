@@ -1,0 +1,1 @@
+"""Models, peers and the protocol with which Paring is timed and checked against them."""

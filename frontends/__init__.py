@@ -1,0 +1,1 @@
+"""Where a program comes from: importers that turn torch programs into the IR."""

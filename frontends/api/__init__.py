@@ -1,0 +1,1 @@
+"""Paring: pares a network down, and compiles what is left."""

@@ -1,0 +1,90 @@
+"""Typed errors of every floor. Each says what went wrong, where, why, and what to do about it."""
+
+from __future__ import annotations
+
+
+class ParingError(Exception):
+    """Base of all errors that Paring raises on purpose.
+
+    Args:
+        what: one sentence: what went wrong.
+        where: the place: a node, a file and line of the user's model, an argument.
+        why: the reason, where it is not plain from `what`.
+        hint: what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", hint: str = "") -> None:
+        self.what, self.where, self.why, self.hint = what, where, why, hint
+        super().__init__(what, where, why, hint)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, text in (("where", self.where), ("why", self.why), ("hint", self.hint)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.why, self.hint)
+
+
+def _rebuild(cls: type[ParingError], what: str, where: str, why: str, hint: str) -> ParingError:
+    error = cls.__new__(cls)
+    ParingError.__init__(error, what, where=where, why=why, hint=hint)
+    return error
+
+
+class IRTypeError(ParingError):
+    """An op refused its inputs: the node was never built."""
+
+
+class VerifyError(ParingError):
+    """A graph breaks an invariant that a single node cannot see."""
+
+
+class ParseError(ParingError):
+    """Text that is not a graph or not a pipeline; `where` has line and column."""
+
+
+class ContractError(ParingError):
+    """A pass changed results by more than its contract allows."""
+
+    exit_code = 3
+
+
+class MismatchError(ParingError):
+    """A compiled result differs from its reference by more than was promised."""
+
+    exit_code = 3
+
+
+class UnsupportedOpsError(ParingError):
+    """A model uses operators that no importer entry covers; all are listed at once."""
+
+
+class ModelError(ParingError):
+    """A model that cannot be compiled as it is (training mode, data-dependent control flow, ...)."""
+
+
+class InputError(ParingError):
+    """A call with the wrong number, shape, dtype or device of inputs."""
+
+
+class ArgumentError(ParingError):
+    """An unknown or impossible argument: target, pass, option, path."""
+
+
+class TargetError(ParingError):
+    """A target that this host can not build for or run on."""
+
+
+class ArtifactError(ParingError):
+    """A saved network that is damaged, hostile, of another version or for another machine."""
+
+
+class InternalError(ParingError):
+    """Our mistake. The message asks for a report and names the smallest thing that shows it."""
+
+    exit_code = 4

@@ -1,0 +1,73 @@
+"""What an operator is: attributes, type rule, meaning, magnitude, sampler, all in one class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from paring.ir.errors import IRTypeError
+from paring.ir.types import TensorType
+
+Array = np.ndarray
+Sample = tuple["Op", tuple[TensorType, ...]]
+
+
+@dataclass(frozen=True)
+class Op:
+    """Base of all operators: a frozen dataclass whose fields are its attributes.
+
+    Subclasses state `name` (their text form), `arity` (least and greatest number of operands; None: no limit),
+    `infer`, `ref`, `samples`, and `magnitude` where the default does not hold.
+    """
+
+    name: ClassVar[str]
+    arity: ClassVar[tuple[int, int | None]] = (1, 1)
+
+    def check_arity(self, count: int) -> None:
+        low, high = self.arity
+        if count < low or (high is not None and count > high):
+            wanted = str(low) if low == high else f"{low} to {high if high is not None else 'any number'}"
+            raise IRTypeError(f"takes {wanted} operands, got {count}")
+
+    def infer(self, *types: TensorType) -> TensorType:
+        """The type of the result. Raises IRTypeError with the reason when the op does not apply."""
+        raise NotImplementedError(self.name)
+
+    def ref(self, *arrays: Array) -> Array:
+        """The meaning, slow and obvious: computes in float64; the interpreter rounds the result to its type."""
+        raise NotImplementedError(self.name)
+
+    def magnitude(self, result: Array, values: tuple[Array, ...], bounds: tuple[Array, ...]) -> Array:
+        """How large an error of one relative ulp in each operand and in this op can show in the result.
+
+        `bounds[i]` (float64, same shape as `values[i]`) bounds the error of operand i in units of its ulp, and is at least
+        |values[i]|. The default, `ref` on the bounds, holds for ops that are linear with their own coefficients non-negative.
+        """
+        return np.maximum(np.abs(result), self.ref(*bounds))
+
+    def macs(self, result: TensorType, *types: TensorType) -> int:
+        """Multiply-accumulates, by the usual counting (convolutions, linear, matmul, attention); 0 elsewhere."""
+        return 0
+
+    @classmethod
+    def samples(cls, rng: np.random.Generator) -> list[Sample]:
+        """A few legal attribute settings with operand types, small enough for tests."""
+        raise NotImplementedError(cls.name)
+
+
+def require(condition: bool, what: str, *, why: str = "", hint: str = "") -> None:
+    """Raise IRTypeError unless `condition` holds."""
+    if not condition:
+        raise IRTypeError(what, why=why, hint=hint)
+
+
+def wide(array: Array) -> Array:
+    """Floats as float64, everything else as it is."""
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def normalize_axis(axis: int, rank: int) -> int:
+    require(-rank <= axis < rank, f"axis {axis} is out of range for rank {rank}")
+    return axis % rank

@@ -1,0 +1,222 @@
+"""The emulated ARM device runs what was compiled for ARM, exactly, and leaves nothing behind however it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from paring.backends import emulator
+from paring.backends.emulator import Emulator, EmulatorError
+
+LACKS = emulator.missing()
+needs_device = pytest.mark.skipif(bool(LACKS), reason=f"the emulated ARM device lacks: {'; '.join(LACKS)}")
+
+SHAPE = (5, 7)
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Cross-compile a Relax `main(x)` that returns what each of the given TE expressions makes of `x`."""
+    import tvm
+    from tvm import relax, te
+    from tvm.support import cc
+
+    target = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"})
+    folder = tmp_path_factory.mktemp("arm")
+
+    def library(name: str, *expressions: Callable[[Any], Any], dtype: str = "float32", mattr: str = "") -> Path:
+        x = relax.Var("x", relax.TensorType(SHAPE, dtype))
+        builder = relax.BlockBuilder()
+        with builder.function("main", [x]):
+            with builder.dataflow():
+                outputs = []
+                for number, expression in enumerate(expressions):
+                    source = te.placeholder(SHAPE, dtype, name="source")
+                    kernel = te.create_prim_func([source, expression(source)])
+                    variable = builder.add_func(kernel.with_attr("global_symbol", f"kernel{number}"), f"kernel{number}")
+                    call = relax.call_tir(variable, [x], out_ty=relax.TensorType(SHAPE, dtype))
+                    outputs.append(builder.emit(call))
+                result = builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
+            builder.emit_func_output(result)
+        path = folder / f"{name}.so"
+        cross = cc.cross_compiler("aarch64-linux-gnu-g++")
+        tvm.compile(builder.finalize(), target=target).export_library(str(path), fcompile=cross)
+        return path
+
+    return library
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[Emulator]:
+    with Emulator(timeout=60.0) as emulated:
+        yield emulated
+
+
+def twice(x: Any) -> Any:
+    from tvm import te
+
+    return te.compute(SHAPE, lambda i, j: x[i, j] + x[i, j], name="twice")
+
+
+def reverse(x: Any) -> Any:
+    from tvm import te
+
+    return te.compute(SHAPE, lambda i, j: x[SHAPE[0] - 1 - i, SHAPE[1] - 1 - j], name="reverse")
+
+
+def libc(function: str, argument: int) -> Callable[[Any], Any]:
+    from tvm import te, tirx
+
+    def expression(x: Any) -> Any:
+        call = tirx.call_pure_extern("int32", function, tirx.IntImm("int32", argument))
+        return te.compute(SHAPE, lambda i, j: x[i, j] + call.astype("float32"), name=function)
+
+    return expression
+
+
+def sample(dtype: str = "float32") -> Any:
+    return np.random.default_rng(0).integers(-8, 8, SHAPE).astype(dtype)
+
+
+@needs_device
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8", "uint8", "int32", "int64"])
+def test_a_kernel_gives_the_same_bits(device: Emulator, build: Build, dtype: str) -> None:
+    x = sample(dtype)
+    (output,) = device.load(build(f"twice-{dtype}", twice, dtype=dtype)).run([x])
+    assert output.dtype == x.dtype
+    assert output.tobytes() == (x + x).tobytes()
+
+
+@needs_device
+def test_a_tuple_comes_back_as_a_list(device: Emulator, build: Build) -> None:
+    x = sample()
+    net = device.load(build("tuple", twice, reverse, twice))
+    for _ in range(3):
+        outputs = net.run([x])
+        assert [output.tobytes() for output in outputs] == [y.tobytes() for y in (x + x, x[::-1, ::-1], x + x)]
+
+
+@needs_device
+def test_any_memory_layout_is_taken(device: Emulator, build: Build) -> None:
+    net = device.load(build("layouts", twice))
+    x = sample()
+    wide = np.repeat(x, 2, axis=1)[:, ::2]
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    for same in (np.asfortranarray(x), wide, frozen, x.astype(">f4")):
+        assert net.run([same])[0].tobytes() == (x + x).tobytes()
+
+
+@needs_device
+def test_wrong_inputs_are_refused_and_the_device_goes_on(device: Emulator, build: Build) -> None:
+    net = device.load(build("strict", twice))
+    x = sample()
+    for wrong in ([x[:2]], [x.astype("int32")], [], [x, x]):
+        with pytest.raises(EmulatorError, match=r"running strict\.so"):
+            net.run(wrong)
+    assert net.run([x])[0].tobytes() == (x + x).tobytes()
+
+
+@needs_device
+def test_a_crash_is_an_error_and_the_next_load_works(build: Build) -> None:
+    with Emulator(timeout=60.0) as device:
+        net = device.load(build("crash", libc("raise", 11)))
+        with pytest.raises(EmulatorError, match="SIGSEGV"):
+            net.run([sample()])
+        with pytest.raises(EmulatorError, match="load the library again"):
+            net.run([sample()])
+        assert device.load(build("after", twice)).run([sample()])[0].tobytes() == twice_of_sample()
+
+
+def twice_of_sample() -> bytes:
+    return bytes((sample() + sample()).tobytes())
+
+
+@needs_device
+def test_a_hang_ends_at_the_deadline(build: Build) -> None:
+    with Emulator(timeout=3.0) as device:
+        net = device.load(build("hang", libc("sleep", 1000)))
+        start = time.monotonic()
+        with pytest.raises(EmulatorError, match="longer than 3 s"):
+            net.run([sample()])
+        assert time.monotonic() - start < 5.0
+
+
+@needs_device
+def test_not_a_library(device: Emulator, tmp_path: Path) -> None:
+    with pytest.raises(EmulatorError, match="no library at"):
+        device.load(tmp_path / "none.so")
+    (tmp_path / "text.so").write_text("not a library")
+    with pytest.raises(EmulatorError, match=r"loading .*text\.so"):
+        device.load(tmp_path / "text.so")
+
+
+@needs_device
+def test_only_the_key_opens_the_device() -> None:
+    from tvm import rpc
+
+    with Emulator() as device:
+        assert device.session().get_function("runtime.TVMSetStream") is not None
+        listening = [c for c in psutil.net_connections("inet") if c.pid == device.pid() and c.status == "LISTEN"]
+        assert not listening
+        started = emulator._Guest("max", 1, 10.0)
+        with pytest.raises(Exception, match=r"failed|refused"):
+            rpc.connect("127.0.0.1", started.port, "guess")
+        started.stop()
+
+
+@needs_device
+def test_close_leaves_no_process(build: Build) -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    device = Emulator()
+    assert device.pid() is None
+    net = device.load(build("close", twice))
+    pid = device.pid()
+    assert pid is not None
+    device.close()
+    device.close()
+    assert not psutil.pid_exists(pid)
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    with pytest.raises(EmulatorError, match="was closed"):
+        net.run([sample()])
+    assert device.load(build("again", twice)).run([sample()])[0].tobytes() == twice_of_sample()
+    device.close()
+
+
+@needs_device
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "sys.exit(0)", "os._exit(1)", "raise ValueError"])
+def test_the_device_ends_with_its_host(end: str) -> None:
+    program = f"""
+import os, sys
+from paring.backends.emulator import Emulator
+device = Emulator()
+device.session()
+print(device.pid(), flush=True)
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    pid = int(done.stdout)
+    limit = time.monotonic() + 5.0
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < limit, "the guest outlived its host"
+        time.sleep(0.02)
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if sys.platform == "linux":
+        assert emulator.missing() == [
+            "qemu-aarch64 (Debian: qemu-user)",
+            "aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)",
+        ]
+    with pytest.raises(EmulatorError, match="Debian: qemu-user"):
+        emulator.prepare()

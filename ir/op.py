@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from paring.ir.errors import IRTypeError
 from paring.ir.types import TensorType
 
-Array = np.ndarray
+Array = npt.NDArray[Any]
 Sample = tuple["Op", tuple[TensorType, ...]]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from paring.ir.errors import IRTypeError
 
@@ -94,6 +96,6 @@ class TensorType:
         return TensorType(match[1], tuple(int(d) for d in match[2].split(",") if d))
 
 
-def type_of(array: np.ndarray) -> TensorType:
+def type_of(array: npt.NDArray[Any]) -> TensorType:
     """The type of a numpy array."""
     return TensorType(array.dtype.name, tuple(int(d) for d in array.shape))

@@ -32,11 +32,15 @@ class ScaledDotProductAttention(Op):
         q, k, v = types[:3]
         require(q.is_float and q.dtype == k.dtype == v.dtype, "operands are not of one float type", why=f"{q}, {k}, {v}")
         require(q.rank == k.rank == v.rank == 4, "operands have four dimensions", why=f"{q}, {k}, {v}")
-        require(q.shape[:2] == k.shape[:2] == v.shape[:2], "batches or heads differ", why=f"{q}, {k}, {v}", hint="broadcast first")
+        require(
+            q.shape[:2] == k.shape[:2] == v.shape[:2], "batches or heads differ", why=f"{q}, {k}, {v}", hint="broadcast first"
+        )
         require(q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2], "inner sizes differ", why=f"{q}, {k}, {v}")
         if len(types) == 4:
             mask, wanted = types[3], (*q.shape[:3], k.shape[2])
-            require(mask.shape == wanted and mask.dtype in ("bool", q.dtype), "the mask does not fit", why=f"{mask}, wanted {wanted}")
+            require(
+                mask.shape == wanted and mask.dtype in ("bool", q.dtype), "the mask does not fit", why=f"{mask}, wanted {wanted}"
+            )
         return q.with_shape((*q.shape[:3], v.shape[3]))
 
     def scale_for(self, embedding: int) -> float:
@@ -46,7 +50,7 @@ class ScaledDotProductAttention(Op):
         q, k = wide(arrays[0]), wide(arrays[1])
         scores = q @ k.swapaxes(2, 3) * self.scale_for(q.shape[3])
         if self.causal:
-            scores = np.where(np.tri(*scores.shape[2:], dtype=bool), scores, -np.inf)
+            scores = np.where(np.tril(np.ones(scores.shape[2:], dtype=bool)), scores, -np.inf)
         if len(arrays) == 4:
             mask = arrays[3]
             scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + wide(mask)

@@ -76,7 +76,9 @@ class LayerNorm(Op):
         x, weight, bias = types
         require(x.is_float, "x is not a float tensor", why=f"{x}")
         require(weight == bias and weight.rank >= 1, "weight and bias differ", why=f"{weight}, {bias}")
-        require(x.shape[-weight.rank :] == weight.shape and weight.dtype == x.dtype, "weight does not match x", why=f"{weight}, {x}")
+        require(
+            x.shape[-weight.rank :] == weight.shape and weight.dtype == x.dtype, "weight does not match x", why=f"{weight}, {x}"
+        )
         return x
 
     def _axes(self, weight: Array) -> tuple[int, ...]:
@@ -109,7 +111,9 @@ class RmsNorm(Op):
     def infer(self, *types: TensorType) -> TensorType:
         x, weight = types
         require(x.is_float and weight.rank >= 1, "x is not a float tensor", why=f"{x}")
-        require(x.shape[-weight.rank :] == weight.shape and weight.dtype == x.dtype, "weight does not match x", why=f"{weight}, {x}")
+        require(
+            x.shape[-weight.rank :] == weight.shape and weight.dtype == x.dtype, "weight does not match x", why=f"{weight}, {x}"
+        )
         return x
 
     def ref(self, *arrays: Array) -> Array:
@@ -140,7 +144,9 @@ class GroupNorm(Op):
     def infer(self, *types: TensorType) -> TensorType:
         x, weight, bias = types
         require(x.is_float and x.rank >= 2, "x is a float tensor with a channel dimension", why=f"{x}")
-        require(self.groups >= 1 and x.shape[1] % self.groups == 0, f"{x.shape[1]} channels do not divide into {self.groups} groups")
+        require(
+            self.groups >= 1 and x.shape[1] % self.groups == 0, f"{x.shape[1]} channels do not divide into {self.groups} groups"
+        )
         wanted = TensorType(x.dtype, (x.shape[1],))
         require(weight == wanted and bias == wanted, "parameters do not match the channels", why=f"{weight}, {bias} for {x}")
         return x

@@ -39,9 +39,15 @@ class Pool2d(Op):
     def infer(self, *types: TensorType) -> TensorType:
         x, block = types[0], lay.channel_block(self.layout)
         require(x.is_float, "x is not a float tensor", why=f"{x}")
-        require(x.rank == (5 if block else 4) and (not block or x.shape[4] == block), f"x does not fit layout {self.layout}", why=f"{x}")
+        require(
+            x.rank == (5 if block else 4) and (not block or x.shape[4] == block),
+            f"x does not fit layout {self.layout}",
+            why=f"{x}",
+        )
         require(min(*self.kernel, *self.stride, *self.dilation) >= 1, "kernel, stride and dilation are positive")
-        require(all(0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True)), "padding is at most half the kernel")
+        require(
+            all(0 <= 2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True)), "padding is at most half the kernel"
+        )
         window = zip(x.shape[2:4], self.kernel, self.stride, self.padding, self.dilation, strict=True)
         oh, ow = (pool_extent(*w, self.ceil_mode) for w in window)
         require(oh > 0 and ow > 0, "the kernel is larger than the padded input", why=f"{self.kernel} on {x}")
@@ -49,9 +55,12 @@ class Pool2d(Op):
 
     def windows(self, x: Array, fill: float) -> Array:
         """(KH * KW, ...result shape): the elements under each kernel position, `fill` where outside x."""
-        n, c, h, w = x.shape[:4]
+        h, w = x.shape[2:4]
         (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel, self.stride, self.padding, self.dilation
-        oh, ow = (pool_extent(*v, self.ceil_mode) for v in zip((h, w), self.kernel, self.stride, self.padding, self.dilation, strict=True))
+        oh, ow = (
+            pool_extent(*v, self.ceil_mode)
+            for v in zip((h, w), self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
         bottom, right = ((o - 1) * s + d * (k - 1) + 1 for o, s, d, k in ((oh, sh, dh, kh), (ow, sw, dw, kw)))
         grid = ((ph, max(0, bottom - h - ph)), (pw, max(0, right - w - pw)))
         xp = np.pad(x, ((0, 0), (0, 0), *grid, *(((0, 0),) * (x.ndim - 4))), constant_values=fill)
@@ -141,4 +150,9 @@ class AdaptiveAvgPool2d(Op):
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
-        return [(cls((1, 1)), (_f(2, 3, 5, 4),)), (cls((3, 2)), (_f(1, 2, 7, 5),)), (cls((6, 6)), (_f(1, 2, 4, 3),)), (cls((2, 2), "NCHW4c"), (_f(1, 2, 4, 4, 4),))]
+        return [
+            (cls((1, 1)), (_f(2, 3, 5, 4),)),
+            (cls((3, 2)), (_f(1, 2, 7, 5),)),
+            (cls((6, 6)), (_f(1, 2, 4, 3),)),
+            (cls((2, 2), "NCHW4c"), (_f(1, 2, 4, 4, 4),)),
+        ]

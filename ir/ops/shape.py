@@ -83,7 +83,12 @@ class Transpose(Movement):
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
-        return [(cls((0, 2, 1)), (_f(2, 3, 4),)), (cls((1, 0)), (_f(5, 2),)), (cls(()), (_f(),)), (cls((3, 0, 2, 1)), (_f(2, 3, 4, 5),))]
+        return [
+            (cls((0, 2, 1)), (_f(2, 3, 4),)),
+            (cls((1, 0)), (_f(5, 2),)),
+            (cls(()), (_f(),)),
+            (cls((3, 0, 2, 1)), (_f(2, 3, 4, 5),)),
+        ]
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,9 @@ class Pad(Movement):
         require(self.mode in ("constant", "reflect", "replicate"), f"unknown mode {self.mode!r}")
         require(all(min(p) >= 0 for p in self.padding), "padding is not negative", hint="slice instead")
         for size, pair in zip(x.shape, self.padding, strict=True):
-            require(self.mode != "reflect" or max(pair) < max(size, 1), "reflection is wider than the input", why=f"{pair} on {size}")
+            require(
+                self.mode != "reflect" or max(pair) < max(size, 1), "reflection is wider than the input", why=f"{pair} on {size}"
+            )
             require(self.mode == "constant" or size > 0 or max(pair) == 0, "nothing to repeat", why=f"{x}")
         return x.with_shape(tuple(s + sum(p) for s, p in zip(x.shape, self.padding, strict=True)))
 
@@ -211,7 +218,12 @@ class Pad(Movement):
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
         pads = ((0, 0), (1, 2), (2, 0))
-        return [(cls(pads), (_f(2, 3, 4),)), (cls(pads, "reflect"), (_f(2, 3, 4),)), (cls(pads, "replicate"), (_f(2, 3, 4),)), (cls(((1, 1),), value=-1.5), (_f(2),))]
+        return [
+            (cls(pads), (_f(2, 3, 4),)),
+            (cls(pads, "reflect"), (_f(2, 3, 4),)),
+            (cls(pads, "replicate"), (_f(2, 3, 4),)),
+            (cls(((1, 1),), value=-1.5), (_f(2),)),
+        ]
 
 
 @dataclass(frozen=True)

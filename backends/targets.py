@@ -1,0 +1,140 @@
+"""Targets as data. A new target is one entry here and, where its hardware has an instruction of its own, one intrinsic."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+from dataclasses import dataclass, replace
+
+import psutil
+
+from paring.ir.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the schedules, the passes' options and the linker need to know of a machine.
+
+    `lanes`: float32 elements of a vector register. `registers`: vector registers. `l1`, `l2`: data caches of one core, bytes.
+    `block`: channels of a blocked layout. `needs`: CPU flags that the running host must have. `device`: where its code runs
+    when nothing else is said: "host", "emulator", or "" (nowhere: build and save only). `linker`: the cross compiler, with
+    the Debian package that has it; empty for the host's own.
+    """
+
+    name: str
+    arch: str
+    cpu: str
+    triple: str
+    lanes: int
+    registers: int
+    block: int
+    features: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    l1: int = 32 * 1024
+    l2: int = 512 * 1024
+    cores: int = 2
+    device: str = "host"
+    linker: str = ""
+    linker_package: str = ""
+    pipeline: str = "blocked"
+
+    def pipeline_options(self) -> dict[str, object]:
+        """What the target's pipeline may name in braces."""
+        return {"block": self.block}
+
+
+_X86 = "x86_64-linux-gnu"
+_ARM = "aarch64-linux-gnu"
+
+REFERENCE = Target("reference", "any", "", "", lanes=1, registers=1, block=1, pipeline="none")
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        REFERENCE,
+        Target("x86-avx2", "x86_64", "x86-64-v3", _X86, lanes=8, registers=16, block=8, needs=("avx2", "fma")),
+        Target(
+            "x86-avx512",
+            "x86_64",
+            "x86-64-v4",
+            _X86,
+            features=("-prefer-256-bit",),
+            lanes=16,
+            registers=32,
+            block=16,
+            needs=("avx512f", "avx512dq", "avx512bw", "avx512vl"),
+            l2=1024 * 1024,
+        ),
+        Target(
+            "arm",
+            "aarch64",
+            "cortex-a76",
+            _ARM,
+            lanes=4,
+            registers=32,
+            block=8,
+            l1=64 * 1024,
+            device="emulator",
+            linker="aarch64-linux-gnu-g++",
+            linker_package="g++-aarch64-linux-gnu",
+        ),
+    )
+}
+
+# Names that stand for the best entry this host can run, first match wins.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "native": ("x86-avx512", "x86-avx2", "arm"),
+    "x86": ("x86-avx512", "x86-avx2"),
+}
+
+
+def names() -> list[str]:
+    """All names that `resolve` takes."""
+    return [*ALIASES, *TARGETS]
+
+
+def host_arch() -> str:
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def host_flags() -> frozenset[str]:
+    """CPU flags of this host as Linux names them; empty where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith(("flags", "Features")):
+                    return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def missing_flags(target: Target) -> list[str]:
+    """CPU flags that this host lacks to run the target's code."""
+    if target.arch not in ("any", host_arch()):
+        return [target.arch]
+    flags = host_flags()
+    return [flag for flag in target.needs if flag not in flags]
+
+
+def resolve(name: str) -> Target:
+    """The target of that name, an alias settled for this host. Raises ArgumentError with the nearest name."""
+    if name in TARGETS:
+        return for_host(TARGETS[name])
+    if name not in ALIASES:
+        near = difflib.get_close_matches(name, names(), 1, 0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ArgumentError(f"unknown target {name!r}", hint=f"{hint}known: {', '.join(names())}")
+    for candidate in ALIASES[name]:
+        if not missing_flags(TARGETS[candidate]):
+            return for_host(TARGETS[candidate])
+    # An x86 without AVX2, or a foreign host: the least demanding entry can still be built and saved.
+    return TARGETS[ALIASES[name][-1]]
+
+
+def for_host(target: Target) -> Target:
+    """The target with this host's core count where the host can run it, and run natively where it is the host's own."""
+    if missing_flags(target):
+        return target if target.arch != host_arch() else replace(target, device="")
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return replace(target, cores=cores, device="host")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paring.ir.op import Op
-from paring.ir.ops import attention, binary, conv, core, index, linear, norm, pool, reduce, resize, scan, shape, unary
+from paring.ir.ops import attention, binary, conv, core, index, linear, norm, pack, pool, reduce, resize, scan, shape, unary
 
 ALL: tuple[type[Op], ...] = (
     *(core.Input, core.Const, core.Region),
@@ -15,7 +15,7 @@ ALL: tuple[type[Op], ...] = (
     *(binary.Maximum, binary.Minimum, binary.Equal, binary.NotEqual, binary.Less, binary.LessEqual, binary.Greater),
     *(binary.GreaterEqual, binary.LogicalAnd, binary.LogicalOr, binary.Where),
     *(shape.Broadcast, shape.Reshape, shape.Transpose, shape.Concat, shape.Slice, shape.Flip, shape.Roll, shape.Pad),
-    *(shape.PixelShuffle, shape.LayoutTransform),
+    *(shape.PixelShuffle, shape.LayoutTransform, pack.PackConvWeight, pack.PackLinearWeight),
     *(norm.BatchNorm, norm.LayerNorm, norm.RmsNorm, norm.GroupNorm, norm.Softmax, norm.LogSoftmax),
     *(pool.MaxPool2d, pool.AvgPool2d, pool.AdaptiveAvgPool2d),
     *(reduce.Sum, reduce.Mean, reduce.Max, reduce.Min, reduce.ArgMax),

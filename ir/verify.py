@@ -1,0 +1,43 @@
+"""Invariants of a whole graph that no single node can see."""
+
+from __future__ import annotations
+
+from paring.ir.errors import IRTypeError, VerifyError
+from paring.ir.graph import Graph, Node
+from paring.ir.op import Op
+from paring.ir.ops import OPS
+from paring.ir.ops.core import Input, Region
+
+
+def verify(graph: Graph, *, inside: str = "") -> None:
+    """Raise VerifyError unless the graph is well formed.
+
+    Its inputs are distinct Input nodes and the only ones it reaches, each op is in the table, each stored type is what
+    the op infers, each region's body is a graph of its own.
+    """
+    where = inside or "graph"
+    if not graph.outputs:
+        raise VerifyError("a graph has at least one output", where=where)
+    if len(set(graph.inputs)) != len(graph.inputs):
+        raise VerifyError("an input is listed twice", where=where)
+    for node in graph.inputs:
+        if not isinstance(node.op, Input):
+            raise VerifyError(f"{node.op.name} is listed as an input", where=where)
+    listed = set(graph.inputs)
+    for node in graph.nodes():
+        _verify_node(node, where)
+        if isinstance(node.op, Input) and node not in listed:
+            raise VerifyError(f"input {node.op.label!r} is read but not listed", where=where, why="it belongs to another graph")
+        if isinstance(node.op, Region):
+            verify(node.op.body, inside=f"region {node.op.kind} of {where}")
+
+
+def _verify_node(node: Node, where: str) -> None:
+    if not isinstance(node.op, Op) or OPS.get(node.op.name) is not type(node.op):
+        raise VerifyError(f"{node.op!r} is not in the table of operators", where=where, hint="add it to paring.ir.ops.ALL")
+    try:
+        inferred = node.op.infer(*(operand.type for operand in node.inputs))
+    except IRTypeError as error:
+        raise VerifyError(f"{node.op.name} is ill-typed: {error.what}", where=where, why=error.why) from None
+    if inferred != node.type:
+        raise VerifyError(f"{node.op.name} claims {node.type}, infers {inferred}", where=where)

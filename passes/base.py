@@ -1,0 +1,93 @@
+"""What a pass is: a frozen dataclass whose fields are its options and whose text form is `name{field=value}`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from paring.ir.errors import ArgumentError, ParseError
+from paring.ir.graph import Graph
+from paring.ir.parser import parse_attributes
+from paring.ir.text import literal
+from paring.passes.contract import Close, Contract, Exact, Lossy
+from paring.passes.pattern import Rule
+from paring.passes.rewriter import Context, apply_rules
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses state `name`, `contract`, and either `rules` or `run`."""
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract] = Exact()
+
+    def rules(self) -> Sequence[Rule]:
+        """The rules that make up the pass, in the order in which they are tried."""
+        return ()
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        """The changed graph; the same object where nothing changed."""
+        return apply_rules(graph, self.rules(), context)
+
+    def promise(self, context: Context) -> Contract:
+        """The contract of one run: for a pass made of rules, the weakest of those that fired."""
+        fired = {rewrite.rule for rewrite in context.rewrites}
+        contracts = [rule.contract for rule in self.rules() if rule.name in fired]
+        if not self.rules() or isinstance(self.contract, Lossy):
+            return self.contract
+        ulps = max((c.ulps for c in contracts if isinstance(c, Close)), default=0.0)
+        return Close(ulps) if ulps else Exact()
+
+    @classmethod
+    def summary(cls) -> str:
+        return (cls.__doc__ or "").strip().splitlines()[0]
+
+    def __str__(self) -> str:
+        shown = [
+            f"{field.name}={literal(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{self.name}{{{', '.join(shown)}}}" if shown else self.name
+
+
+def parse_pass(text: str, table: Mapping[str, type[Pass]]) -> Pass:
+    """`name{option=value, ...}` as a pass. Raises ArgumentError for an unknown name or option, ParseError for bad text."""
+    name, brace, rest = text.strip().partition("{")
+    name = name.strip()
+    if name not in table:
+        near = difflib.get_close_matches(name, table, 1, 0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(table)}"
+        raise ArgumentError(f"unknown pass {name!r}", hint=hint)
+    cls = table[name]
+    try:
+        options = parse_attributes(brace + rest.replace("'", '"')) if brace else {}
+    except ParseError as error:
+        raise ParseError(f"pass {text!r}: {error.what}", where=error.where, hint="like layout{block=16}") from None
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for option, value in options.items():
+        if option not in fields:
+            near = difflib.get_close_matches(option, fields, 1, 0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(fields) or 'none'}"
+            raise ArgumentError(f"pass {name} has no option {option!r}", hint=hint)
+        default = fields[option].default
+        same = type(value) is type(default) or default is dataclasses.MISSING
+        if not same and not (isinstance(default, float) and type(value) is int):
+            raise ArgumentError(f"pass {name}: {option} is a {type(default).__name__}, not {value!r}")
+    return cls(**options)
+
+
+def split_pipeline(text: str) -> list[str]:
+    """`a, b{x=1, y=2}, c` at its outer commas."""
+    parts, depth, current = [], 0, ""
+    for character in text:
+        depth += (character in "{(") - (character in "})")
+        if character == "," and depth == 0:
+            parts.append(current)
+            current = ""
+        else:
+            current += character
+    return [part.strip() for part in (*parts, current) if part.strip()]

@@ -1,0 +1,152 @@
+"""How equal a pass's output is to its input, and the check of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paring.ir import Graph, interpret, magnitude_bound
+from paring.ir.errors import ContractError
+from paring.ir.op import Array
+
+EPS32 = float(np.finfo(np.float32).eps)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The same bits whenever the sums are exact (small integers); elsewhere at most the rounding of a reordered sum.
+
+    The reference accumulates in float64, so a reordered sum differs by far less than one float32 ulp of its magnitude
+    bound: that one ulp is what is allowed.
+    """
+
+    def __str__(self) -> str:
+        return "Exact"
+
+
+@dataclass(frozen=True)
+class Close:
+    """Each rewrite moves each output by at most `ulps` float32 ulps of its magnitude bound."""
+
+    ulps: float
+
+    def __str__(self) -> str:
+        return f"Close({self.ulps:g})"
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """Changes the function on purpose: `metric` may fall by at most `budget`."""
+
+    metric: str
+    budget: float
+
+    def __str__(self) -> str:
+        return f"Lossy({self.metric}, {self.budget:g})"
+
+
+Contract = Exact | Close | Lossy
+
+
+def compose(contracts: Sequence[Contract]) -> Contract:
+    """The promise of passes run one after the other: losses as soon as one is lossy, else the sum of the ulps."""
+    lossy = [c for c in contracts if isinstance(c, Lossy)]
+    if lossy:
+        return Lossy(lossy[-1].metric, sum(c.budget for c in lossy))
+    ulps = sum(c.ulps for c in contracts if isinstance(c, Close))
+    return Close(ulps) if ulps else Exact()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two graphs are apart on some inputs: the worst error in ulps of the bound, and where."""
+
+    ulps: float
+    output: int
+    position: tuple[int, ...]
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        place = f"output {self.output} at {self.position}"
+        return f"{self.ulps:.3g} ulps of its magnitude bound: {place} is {self.after!r}, was {self.before!r}"
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Equal element by element, NaN equal to NaN, and zeros of any sign equal."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+
+
+def difference(before: Graph, after: Graph, arrays: Sequence[Array]) -> Difference:
+    """The greatest difference between two graphs on given inputs, judged by the magnitude bound of `before`."""
+    expected, found = interpret(before, arrays), interpret(after, arrays)
+    _, bounds = magnitude_bound(before, arrays)
+    worst = Difference(0.0, 0, (), 0.0, 0.0)
+    for position, (x, y, bound) in enumerate(zip(expected, found, bounds, strict=True)):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return Difference(float("inf"), position, (), 0.0, 0.0)
+        if x.size == 0:
+            continue
+        ulps = ulps_apart(x, y, bound)
+        index = np.unravel_index(int(np.argmax(ulps)), ulps.shape)
+        if ulps[index] > worst.ulps:
+            worst = Difference(float(ulps[index]), position, tuple(int(i) for i in index), x[index].item(), y[index].item())
+    return worst
+
+
+def ulps_apart(x: Array, y: Array, bound: Array) -> Array:
+    """|x - y| in float32 ulps of `bound`, per element; equal values (infinities, NaN) are 0 apart."""
+    if x.dtype.kind != "f":
+        return np.where(x == y, 0.0, np.inf)
+    with np.errstate(all="ignore"):
+        wide_x, wide_y = x.astype(np.float64), y.astype(np.float64)
+        same = (wide_x == wide_y) | (np.isnan(wide_x) & np.isnan(wide_y))
+        # Results below the smallest normal number are rounded absolutely, not relatively.
+        apart = np.abs(wide_x - wide_y) / np.maximum(bound * EPS32, np.finfo(np.float32).tiny * EPS32)
+        return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
+
+
+def allowed_ulps(contract: Contract, rewrites: int) -> float:
+    """How many ulps of the bound a pass that fired `rewrites` times may move an output."""
+    return 1.0 + (contract.ulps * rewrites if isinstance(contract, Close) else 0.0)
+
+
+def check(
+    contract: Contract,
+    before: Graph,
+    after: Graph,
+    arrays: Sequence[Array],
+    *,
+    rewrites: int = 1,
+    exact: bool = False,
+    who: str = "pass",
+    metric: Callable[[Graph], float] | None = None,
+) -> None:
+    """Raise ContractError where `after` differs from `before` on these inputs by more than the contract allows.
+
+    `exact`: inputs and weights are such that every sum is exact; Exact then means the same bits. A Lossy contract is
+    judged by `metric`.
+    """
+    if isinstance(contract, Lossy):
+        _check_metric(contract, before, after, metric, who)
+        return
+    if exact and isinstance(contract, Exact):
+        for position, (x, y) in enumerate(zip(interpret(before, arrays), interpret(after, arrays), strict=True)):
+            if not same_bits(x, y):
+                raise ContractError(f"{who} promised {contract}, but output {position} has other bits")
+        return
+    found = difference(before, after, arrays)
+    limit = allowed_ulps(contract, rewrites)
+    if not found.ulps <= limit:
+        raise ContractError(f"{who} promised {contract} ({limit:g} ulps for {rewrites} rewrites), but moved by {found}")
+
+
+def _check_metric(contract: Lossy, before: Graph, after: Graph, metric: Any, who: str) -> None:
+    if metric is None:
+        raise ContractError(f"{who} is {contract}", why="no metric was given", hint="pass metric=...")
+    lost = metric(before) - metric(after)
+    if not lost <= contract.budget:
+        raise ContractError(f"{who} promised {contract}, but lost {lost:g}")

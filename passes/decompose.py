@@ -1,0 +1,86 @@
+"""decompose: operators that no schedule family wants become operators that one does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from paring.ir.graph import Node
+from paring.ir.ops import attention, binary, linear, norm, pool, reduce, shape
+from paring.passes.base import Pass
+from paring.passes.contract import Close, Exact
+from paring.passes.pattern import Match, Rule, op
+from paring.passes.util import constant
+
+
+def adaptive_pool_to_mean(m: Match) -> Node | None:
+    """adaptive_avg_pool2d(x, 1x1) -> mean(x, rows and columns)"""
+    pooling = m.root.op
+    assert isinstance(pooling, pool.AdaptiveAvgPool2d)
+    if pooling.size != (1, 1) or pooling.layout != "NCHW":
+        return m.decline("the result is not 1x1")
+    return m.make(reduce.Mean((2, 3), True), *m.root.inputs)
+
+
+def adaptive_pool_to_pool(m: Match) -> Node | None:
+    """adaptive_avg_pool2d(x, a divisor of the size) -> avg_pool2d(x)"""
+    pooling, size = m.root.op, m.root.inputs[0].type.shape[2:4]
+    assert isinstance(pooling, pool.AdaptiveAvgPool2d)
+    if any(s % o for s, o in zip(size, pooling.size, strict=True)):
+        return m.decline("the windows differ in size")
+    kernel = (size[0] // pooling.size[0], size[1] // pooling.size[1])
+    return m.make(pool.AvgPool2d(kernel, kernel, layout=pooling.layout), *m.root.inputs)
+
+
+def whole_pool_to_mean(m: Match) -> Node | None:
+    """avg_pool2d(x) over the whole image -> mean(x, rows and columns)"""
+    pooling, x = m.root.op, m.root.inputs[0]
+    assert isinstance(pooling, pool.AvgPool2d)
+    whole = pooling.kernel == x.type.shape[2:4] and pooling.padding == (0, 0) and pooling.layout == "NCHW"
+    return m.make(reduce.Mean((2, 3), True), x) if whole else None
+
+
+def spell_out_pixel_shuffle(m: Match) -> Node | None:
+    """pixel_shuffle(x, r) -> reshape(transpose(reshape(x)))"""
+    shuffle, (x,) = m.root.op, m.root.inputs
+    assert isinstance(shuffle, shape.PixelShuffle)
+    r, (n, c, h, w) = shuffle.factor, x.type.shape
+    split = m.make(shape.Reshape((n, c // (r * r), r, r, h, w)), x)
+    return m.make(shape.Reshape(m.root.type.shape), m.make(shape.Transpose((0, 1, 4, 2, 5, 3)), split))
+
+
+def spell_out_attention(m: Match) -> Node | None:
+    """attention(q, k, v, mask) -> matmul(softmax(matmul(q, transpose(k)) * scale + mask), v)"""
+    attend, (q, k, v, *mask) = m.root.op, m.root.inputs
+    assert isinstance(attend, attention.ScaledDotProductAttention)
+    if attend.causal or (mask and mask[0].type.dtype == "bool"):
+        return m.decline("a row may keep no key, which only the operator itself gives zeros for")
+    scores = m.make(linear.Matmul(), q, m.make(shape.Transpose((0, 1, 3, 2)), k))
+    scale = constant(np.array(attend.scale_for(q.type.shape[3]), q.type.dtype))
+    scores = m.make(binary.Mul(), scores, m.make(shape.Broadcast(scores.type.shape), scale))
+    if mask:
+        scores = m.make(binary.Add(), scores, mask[0])
+    return m.make(linear.Matmul(), m.make(norm.Softmax(3), scores), v)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(op(pool.AdaptiveAvgPool2d), adaptive_pool_to_mean, Close(1)),
+    Rule(op(pool.AdaptiveAvgPool2d), adaptive_pool_to_pool, Close(1)),
+    Rule(op(pool.AvgPool2d), whole_pool_to_mean, Close(1)),
+    Rule(op(shape.PixelShuffle), spell_out_pixel_shuffle, Exact()),
+)
+ATTENTION_RULES: tuple[Rule, ...] = (Rule(op(attention.ScaledDotProductAttention), spell_out_attention, Close(4)),)
+
+
+@dataclass(frozen=True)
+class Decompose(Pass):
+    """Operators that no schedule family wants become ones that one does; `attention` also spells attention out."""
+
+    name = "decompose"
+    contract = Close(4)
+    attention: bool = False
+
+    def rules(self) -> Sequence[Rule]:
+        return (*RULES, *ATTENTION_RULES) if self.attention else RULES

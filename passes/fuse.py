@@ -1,0 +1,203 @@
+"""fuse: nodes become regions, and a region is run as one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paring.ir.graph import Graph, Node
+from paring.ir.op import Op
+from paring.ir.ops import attention, conv, index, linear, norm, pool, reduce, scan, shape, unary
+from paring.ir.ops.binary import Binary, Where
+from paring.ir.ops.core import Const, Input, Region
+from paring.passes.base import Pass
+from paring.passes.rewriter import Context
+
+ELEMENTWISE: tuple[type[Op], ...] = (unary.Unary, unary.Cast, Binary, Where)
+MOVEMENT: tuple[type[Op], ...] = (
+    shape.Transpose,
+    shape.Slice,
+    shape.Pad,
+    shape.Flip,
+    shape.Roll,
+    shape.LayoutTransform,
+    index.Tril,
+)
+
+# Kernels with many multiply-accumulates: their operands are read many times, so nothing is computed inside those reads.
+HEAVY: tuple[type[Op], ...] = (conv.Conv2d, conv.ConvTranspose2d, linear.Linear, linear.Matmul)
+# Kernels that read each operand element a few times: cheap elementwise producers may be computed where they are read.
+LIGHT: tuple[type[Op], ...] = (
+    *(norm.Softmax, norm.LayerNorm, norm.RmsNorm, norm.GroupNorm, norm.BatchNorm),
+    *(reduce.Reduction, reduce.ArgMax, scan.CumSum),
+)
+# Anchors without an elementwise prologue: windows overlap, or the operands are copied whole.
+ALONE: tuple[type[Op], ...] = (pool.Pool2d, pool.AdaptiveAvgPool2d)
+# Operands of these may be read through movements, so that splitting and merging heads costs nothing.
+THROUGH_MOVES: tuple[type[Op], ...] = (attention.ScaledDotProductAttention,)
+ANCHORS = (*HEAVY, *LIGHT, *ALONE, *THROUGH_MOVES)
+
+# Past this many nodes a kernel's registers spill, and the expression trees grow deep.
+MAX_NODES = 24
+# A value computed by more than this many elementwise nodes is not computed again for each reader of an overlapping read.
+MAX_INLINE_ELEMENTS = 1
+
+
+@dataclass
+class _Group:
+    """A region in the making: its nodes, all inside except the root's result, and the anchor, once there is one."""
+
+    root: Node
+    nodes: set[Node]
+    anchor: Node | None = None
+
+
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """Each anchor (convolution, product, norm, reduction, attention) with the elementwise nodes behind it, and chains of
+    elementwise nodes, become one region.
+
+    `max_nodes` bounds the size of a region.
+    """
+
+    name = "fuse"
+    max_nodes: int = MAX_NODES
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        groups = self._group(graph, context)
+        return _rebuild(graph, groups)
+
+    def _group(self, graph: Graph, context: Context) -> dict[Node, _Group]:
+        """From the outputs back: a node joins the group of its readers when it has no reader outside."""
+        users = graph.users()
+        outputs = set(graph.outputs)
+        groups: dict[Node, _Group] = {}
+        for node in reversed(graph.nodes()):
+            if not computes(node):
+                continue
+            readers = users[node]
+            found = {id(groups[r]): groups[r] for r in readers if r in groups}
+            joined = None
+            if node not in outputs and len(found) == 1 and all(r in groups for r in readers):
+                (group,) = found.values()
+                reason = self._refuses(group, node, readers)
+                if not reason and context.spend("fuse", node):
+                    joined = group
+                elif reason:
+                    context.decline("fuse", node, reason)
+            if joined is None:
+                groups[node] = _Group(node, {node}, node if isinstance(node.op, ANCHORS) else None)
+                continue
+            joined.nodes.add(node)
+            groups[node] = joined
+            if isinstance(node.op, ANCHORS):
+                joined.anchor = node
+        return groups
+
+    def _refuses(self, group: _Group, node: Node, readers: list[Node]) -> str:
+        """Why a node may not join the group of its readers; empty where it may."""
+        if len(group.nodes) >= self.max_nodes:
+            return f"the region already has {self.max_nodes} nodes"
+        if isinstance(group.root.op, shape.Concat) or isinstance(node.op, shape.Concat):
+            return "a concat copies its operands"
+        if isinstance(node.op, ANCHORS):
+            return _refuses_anchor(group, node)
+        before_anchor = group.anchor is not None and _reaches(group, node, readers)
+        if isinstance(node.op, shape.Broadcast):
+            return (
+                ""
+                if not before_anchor or isinstance(group.anchor.op if group.anchor else None, LIGHT)
+                else "read by a heavy kernel"
+            )
+        if isinstance(node.op, MOVEMENT):
+            return _refuses_movement(group, before_anchor)
+        if not isinstance(node.op, ELEMENTWISE):
+            return f"{node.op.name} is a kernel of its own"
+        if before_anchor and not isinstance(group.anchor.op if group.anchor else None, LIGHT):
+            return "its reader reads each element many times"
+        if any(_expands(reader) for reader in readers):
+            return "a broadcast would compute it again for each copy"
+        return ""
+
+
+def computes(node: Node) -> bool:
+    """Whether a node is work for a kernel: a reshape is a view, a constant and an input are there already."""
+    return not isinstance(node.op, Input | Const | Region | shape.Reshape)
+
+
+def _refuses_anchor(group: _Group, node: Node) -> str:
+    if group.anchor is not None:
+        return "the region has an anchor already"
+    moved = [n for n in group.nodes if not isinstance(n.op, (*ELEMENTWISE, shape.Broadcast))]
+    if moved:
+        return f"its result would be read through a {moved[0].op.name}"
+    if node.type.shape != group.root.type.shape or any(_expands(n) and node in n.inputs for n in group.nodes):
+        return "its result is broadcast"
+    return ""
+
+
+def _refuses_movement(group: _Group, before_anchor: bool) -> str:
+    if group.anchor is None:
+        return ""
+    if isinstance(group.anchor.op, THROUGH_MOVES) and before_anchor:
+        return ""
+    return "its reader wants its operand in order"
+
+
+def _expands(node: Node) -> bool:
+    """Whether a node reads its operand more than once for an element."""
+    return isinstance(node.op, shape.Broadcast) and node.type.size > MAX_INLINE_ELEMENTS * node.inputs[0].type.size
+
+
+def _reaches(group: _Group, node: Node, readers: list[Node]) -> bool:
+    """Whether a node is read, through the group, by its anchor."""
+    anchor = group.anchor
+    pending, seen = list(readers), set(readers)
+    inside: dict[Node, list[Node]] = {}
+    for member in group.nodes:
+        for operand in member.inputs:
+            inside.setdefault(operand, []).append(member)
+    while pending:
+        current = pending.pop()
+        if current is anchor:
+            return True
+        for reader in inside.get(current, ()):
+            if reader not in seen:
+                seen.add(reader)
+                pending.append(reader)
+    return False
+
+
+def _rebuild(graph: Graph, groups: dict[Node, _Group]) -> Graph:
+    """The graph of regions, built in the old graph's order."""
+    new: dict[Node, Node] = {}
+    order = graph.nodes()
+    position = {node: i for i, node in enumerate(order)}
+    for node in order:
+        group = groups.get(node)
+        if group is None:
+            inputs = tuple(new[i] for i in node.inputs)
+            new[node] = node if inputs == node.inputs else node.with_inputs(inputs)
+        elif group.root is node:
+            new[node] = _region(group, sorted(group.nodes, key=position.__getitem__), new)
+    return Graph(tuple(new[n] for n in graph.inputs), tuple(new[n] for n in graph.outputs))
+
+
+def _region(group: _Group, members: list[Node], new: dict[Node, Node]) -> Node:
+    """One region node; constants of one element move inside, everything else from outside becomes an operand."""
+    inside: dict[Node, Node] = {}
+    operands: list[Node] = []
+    body_inputs: list[Node] = []
+    for node in members:
+        for operand in node.inputs:
+            if operand in inside or operand in group.nodes:
+                continue
+            if isinstance(operand.op, Const) and operand.op.value.size == 1:
+                inside[operand] = operand
+                continue
+            inside[operand] = Node(Input(f"a{len(operands)}", operand.type.dtype, operand.type.shape))
+            body_inputs.append(inside[operand])
+            operands.append(new[operand])
+        inside[node] = Node(node.op, [inside[i] for i in node.inputs], node.loc)
+    body = Graph(tuple(body_inputs), (inside[group.root],))
+    anchor = group.anchor or group.root
+    return Node(Region(anchor.op.name, body), operands, anchor.loc)

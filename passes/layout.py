@@ -1,0 +1,219 @@
+"""layout: convolutions, and what lies between them, in blocked channels (NCHW16c)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from paring.ir.graph import Graph, Node
+from paring.ir.layout import blocks_of
+from paring.ir.op import Op
+from paring.ir.ops import binary, conv, pool, reduce, shape, unary
+from paring.ir.ops.core import Const
+from paring.ir.ops.pack import PackConvWeight
+from paring.passes.base import Pass
+from paring.passes.rewriter import Context
+
+# Elementwise ops that keep small values small: lanes of padding start as zeros, must stay finite, and meet zero weights.
+TAME: tuple[type[Op], ...] = (
+    *(unary.Relu, unary.Clamp, unary.LeakyRelu, unary.Elu, unary.Silu, unary.Gelu, unary.HardSwish, unary.HardSigmoid),
+    *(unary.Sigmoid, unary.Tanh, unary.Erf, unary.Abs, unary.Neg, unary.Sin, unary.Cos),
+    *(binary.Add, binary.Sub, binary.Mul, binary.Maximum, binary.Minimum),
+)
+
+
+@dataclass(frozen=True)
+class Layout(Pass):
+    """Convolutions with constant weights run on blocked channels; what follows them stays blocked as long as it can.
+
+    `block` is the number of channels in a block, a multiple of the target's vector width. Images change layout only where
+    a blocked part of the network begins or ends; a transformation is shared by all its readers.
+    """
+
+    name = "layout"
+    block: int = 16
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        walker = _Walker(self.block, context)
+        for node in graph.nodes():
+            walker.visit(node)
+        if not context.rewrites:
+            return graph
+        return Graph(tuple(map(walker.plain, graph.inputs)), tuple(map(walker.plain, graph.outputs)))
+
+
+class _Walker:
+    """Keeps for each node of the old graph its plain and its blocked form; either is made from the other on demand."""
+
+    def __init__(self, block: int, context: Context) -> None:
+        self.block = block
+        self.layout = f"NCHW{block}c"
+        self.context = context
+        self.plain_of: dict[Node, Node] = {}
+        self.blocked_of: dict[Node, Node] = {}
+
+    def visit(self, node: Node) -> None:
+        rule = BLOCKED.get(type(node.op))
+        blocked = rule(self, node) if rule else None
+        if blocked is not None and self.context.spend(f"layout-{node.op.name}", node):
+            self.blocked_of[node] = blocked
+            return
+        inputs = tuple(self.plain(operand) for operand in node.inputs)
+        self.plain_of[node] = node if inputs == node.inputs else node.with_inputs(inputs)
+
+    def plain(self, node: Node) -> Node:
+        if node not in self.plain_of:
+            op = shape.LayoutTransform(self.layout, "NCHW", node.type.shape[1])
+            self.plain_of[node] = Node(op, (self.blocked_of[node],), node.loc)
+        return self.plain_of[node]
+
+    def is_blocked(self, node: Node) -> bool:
+        return node in self.blocked_of
+
+    def blocked(self, node: Node) -> Node | None:
+        """The blocked form of a four-dimensional node, made where that is possible."""
+        if node in self.blocked_of:
+            return self.blocked_of[node]
+        if node.type.rank != 4:
+            return None
+        if isinstance(node.op, shape.Broadcast) and self._is_channel_vector(node):
+            return self._block_broadcast(node, self.plain(node.inputs[0]))
+        op = shape.LayoutTransform("NCHW", self.layout, node.type.shape[1])
+        self.blocked_of[node] = Node(op, (self.plain(node),), node.loc)
+        return self.blocked_of[node]
+
+    def _is_channel_vector(self, node: Node) -> bool:
+        """Whether a broadcast repeats something that has channels at most, not rows or columns."""
+        (source,) = node.inputs
+        dims = (1,) * (4 - source.type.rank) + source.type.shape
+        return dims[0] in (1, node.type.shape[0]) and dims[2:] == (1, 1)
+
+    def _block_broadcast(self, node: Node, source: Node) -> Node:
+        n, c, h, w = node.type.shape
+        target = (n, blocks_of(c, self.block), h, w, self.block)
+        if source.type.size > 1:
+            dims = (1,) * (4 - source.type.rank) + source.type.shape
+            source = source if source.type.rank == 4 else Node(shape.Reshape(dims), (source,), node.loc)
+            if dims[1] != 1:
+                source = Node(shape.LayoutTransform("NCHW", self.layout, dims[1]), (source,), node.loc)
+            else:
+                source = Node(shape.Reshape((*dims, 1)), (source,), node.loc)
+        self.blocked_of[node] = Node(shape.Broadcast(target), (source,), node.loc)
+        return self.blocked_of[node]
+
+
+def _conv(w: _Walker, node: Node) -> Node | None:
+    x, weight, *bias = node.inputs
+    op = node.op
+    assert isinstance(op, conv.Conv2d)
+    if op.layout != "NCHW" or op.weight_layout != "OIHW" or not all(isinstance(n.op, Const) for n in (weight, *bias)):
+        return None
+    out, per_group = weight.type.shape[:2]
+    channels, block = x.type.shape[1], w.block
+    depthwise = per_group == 1 and op.groups == channels == out
+    whole_groups = per_group % block == 0 and (out // op.groups) % block == 0
+    if op.groups > 1 and not depthwise and not whole_groups:
+        return None
+    # A plain image of few channels (the first layer's) is read as it is: its channels would not fill a block.
+    from_plain = not w.is_blocked(x) and channels < block and op.groups == 1
+    block_in = 1 if from_plain or depthwise else block
+    source = w.plain(x) if from_plain else w.blocked(x)
+    if source is None:
+        return None
+    groups = blocks_of(out, block) * block if depthwise else op.groups
+    weight_layout = f"OIHW{block_in}i{block}o"
+    layout = "NCHW" if from_plain else w.layout
+    new = dataclasses.replace(op, layout=layout, out_layout=w.layout, weight_layout=weight_layout, groups=groups)
+    packed = Node(PackConvWeight(weight_layout), (w.plain(weight),), weight.loc)
+    return Node(new, (source, packed, *(_padded(w.plain(b), block) for b in bias)), node.loc)
+
+
+def _padded(bias: Node, block: int) -> Node:
+    extra = -bias.type.shape[0] % block
+    return Node(shape.Pad(((0, extra),)), (bias,), bias.loc) if extra else bias
+
+
+def _elementwise(w: _Walker, node: Node) -> Node | None:
+    """Blocked where an operand already is; the others follow."""
+    if node.type.rank != 4 or not any(w.is_blocked(operand) for operand in node.inputs):
+        return None
+    operands = [w.blocked(operand) for operand in node.inputs]
+    return Node(node.op, [o for o in operands if o is not None], node.loc)
+
+
+def _pool(w: _Walker, node: Node) -> Node | None:
+    (x,) = node.inputs
+    if not w.is_blocked(x):
+        return None
+    assert isinstance(node.op, pool.Pool2d | pool.AdaptiveAvgPool2d)
+    return Node(dataclasses.replace(node.op, layout=w.layout), (w.blocked_of[x],), node.loc)
+
+
+def _mean(w: _Walker, node: Node) -> Node | None:
+    """Over the image, dimensions kept: the result is blocked as well."""
+    (x,) = node.inputs
+    assert isinstance(node.op, reduce.Reduction)
+    if not w.is_blocked(x) or node.op.axes != (2, 3) or not node.op.keepdims:
+        return None
+    return Node(node.op, (w.blocked_of[x],), node.loc)
+
+
+def _broadcast(w: _Walker, node: Node) -> Node | None:
+    """Of a blocked (N, C, 1, 1) to an image."""
+    (x,) = node.inputs
+    if not w.is_blocked(x) or node.type.rank != 4 or x.type.shape[:2] != node.type.shape[:2]:
+        return None
+    source = w.blocked_of[x]
+    n, c, _, _, b = source.type.shape
+    return Node(shape.Broadcast((n, c, *node.type.shape[2:], b)), (source,), node.loc)
+
+
+def _concat(w: _Walker, node: Node) -> Node | None:
+    """Along channels where all but the last operand fill their blocks; along rows or columns always."""
+    assert isinstance(node.op, shape.Concat)
+    if node.type.rank != 4 or not any(w.is_blocked(operand) for operand in node.inputs):
+        return None
+    if node.op.axis == 1 and any(operand.type.shape[1] % w.block for operand in node.inputs[:-1]):
+        return None
+    operands = [w.blocked(operand) for operand in node.inputs]
+    return Node(node.op, [o for o in operands if o is not None], node.loc)
+
+
+def _slice(w: _Walker, node: Node) -> Node | None:
+    """Of rows, columns, and whole blocks of channels."""
+    (x,) = node.inputs
+    op = node.op
+    assert isinstance(op, shape.Slice)
+    if not w.is_blocked(x) or op.steps[1] != 1 or op.starts[1] % w.block:
+        return None
+    if op.stops[1] % w.block and op.stops[1] != x.type.shape[1]:
+        return None
+    first, last = op.starts[1] // w.block, blocks_of(op.stops[1], w.block)
+    starts = (op.starts[0], first, *op.starts[2:], 0)
+    stops = (op.stops[0], last, *op.stops[2:], w.block)
+    return Node(shape.Slice(starts, stops, (*op.steps, 1)), (w.blocked_of[x],), node.loc)
+
+
+def _pad(w: _Walker, node: Node) -> Node | None:
+    """Of rows and columns."""
+    (x,) = node.inputs
+    assert isinstance(node.op, shape.Pad)
+    if not w.is_blocked(x) or any(p != (0, 0) for p in node.op.padding[:2]) or not abs(node.op.value) < 1e3:
+        return None
+    return Node(dataclasses.replace(node.op, padding=(*node.op.padding, (0, 0))), (w.blocked_of[x],), node.loc)
+
+
+BLOCKED: dict[type[Op], Callable[[_Walker, Node], Node | None]] = {
+    conv.Conv2d: _conv,
+    pool.MaxPool2d: _pool,
+    pool.AvgPool2d: _pool,
+    pool.AdaptiveAvgPool2d: _pool,
+    reduce.Mean: _mean,
+    reduce.Max: _mean,
+    shape.Broadcast: _broadcast,
+    shape.Concat: _concat,
+    shape.Slice: _slice,
+    shape.Pad: _pad,
+    **dict.fromkeys(TAME, _elementwise),
+}

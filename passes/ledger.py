@@ -1,0 +1,117 @@
+"""What each pass did to the program: size, work, time, rewrites, promise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+
+from paring.ir.graph import Graph, Node
+from paring.ir.ops.core import Const, Region
+from paring.ir.ops.shape import Reshape
+from paring.passes.contract import Contract, compose
+
+
+@dataclass(frozen=True)
+class Size:
+    """A program in figures. Peak activations: the most bytes alive at once when nodes run in order, views being free."""
+
+    nodes: int
+    macs: int
+    parameter_bytes: int
+    peak_activation_bytes: int
+
+
+def measure(graph: Graph) -> Size:
+    """Count a graph; a region counts as its body."""
+    nodes = macs = 0
+    digests: dict[str, int] = {}
+    for node in graph.nodes():
+        macs += node.op.macs(node.type, *(i.type for i in node.inputs))
+        members = node.op.body.nodes() if isinstance(node.op, Region) else [node]
+        nodes += sum(not isinstance(m.op, Const) and bool(m.inputs) for m in members)
+        for member in members:
+            if isinstance(member.op, Const):
+                digests[member.op.digest] = member.type.bytes
+    return Size(nodes, macs, sum(digests.values()), _peak_bytes(graph))
+
+
+def _peak_bytes(graph: Graph) -> int:
+    def storage(node: Node) -> Node:
+        while isinstance(node.op, Reshape):
+            (node,) = node.inputs
+        return node
+
+    left: Counter[Node] = Counter(storage(n) for n in graph.outputs)
+    order = [n for n in graph.nodes() if not isinstance(n.op, Const | Reshape)]
+    for node in order:
+        left.update(storage(i) for i in node.inputs)
+    alive = peak = 0
+    for node in order:
+        alive += node.type.bytes
+        peak = max(peak, alive)
+        for operand in map(storage, node.inputs):
+            left[operand] -= 1
+            if left[operand] == 0 and not isinstance(operand.op, Const):
+                alive -= operand.type.bytes
+        if left[node] == 0:
+            alive -= node.type.bytes
+    return peak
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of one pass."""
+
+    step: int
+    name: str
+    contract: Contract
+    rewrites: dict[str, int]
+    seconds: float
+    before: Size
+    after: Size
+    changed: bool
+    metric: float | None = None
+
+    def as_json(self) -> dict[str, object]:
+        plain = dataclasses.asdict(self)
+        plain["contract"] = str(self.contract)
+        return plain
+
+
+@dataclass
+class Ledger:
+    """The entries of a pipeline's run, in order."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def contract(self) -> Contract:
+        """What the whole run promises, each Close counted once for each of its rewrites."""
+        fired = [(e.contract, max(sum(e.rewrites.values()), 1)) for e in self.entries if e.changed]
+        return compose([c for c, times in fired for c in [c] * times])
+
+    @property
+    def seconds(self) -> float:
+        return sum(e.seconds for e in self.entries)
+
+    def as_json(self, *, times: bool = True) -> dict[str, object]:
+        """As plain data; without times it is the same for the same program."""
+        entries = [e.as_json() for e in self.entries]
+        if not times:
+            for entry in entries:
+                del entry["seconds"]
+        return {"contract": str(self.contract), "entries": entries}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'':>3} {'pass':<28} {'contract':<10} {'fired':>5} {'nodes':>6} {'MMACs':>9} {'param KiB':>10} {'peak KiB':>9} {'ms':>8}"
+        ]
+        for e in self.entries:
+            a = e.after
+            lines.append(
+                f"{e.step:>3} {e.name:<28} {e.contract!s:<10} {sum(e.rewrites.values()):>5} {a.nodes:>6} {a.macs / 1e6:>9.1f} "
+                f"{a.parameter_bytes / 1024:>10.1f} {a.peak_activation_bytes / 1024:>9.1f} {e.seconds * 1e3:>8.1f}"
+            )
+        lines.append(f"in all: {self.contract}, {self.seconds * 1e3:.0f} ms")
+        return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""Runs a pipeline: verifies, counts, dumps, and stops at the pass that broke something."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from paring.ir import Graph, constants, show
+from paring.ir.errors import ArgumentError, ParingError
+from paring.ir.verify import verify
+from paring.passes.base import Pass
+from paring.passes.ledger import Entry, Ledger, measure
+from paring.passes.rewriter import Context, Rewrite
+
+Hook = Callable[[int, Pass | None, Graph], None]
+
+
+@dataclass
+class Result:
+    """The outcome of a pipeline: the graph, the ledger, and each stage by number (0 is the import)."""
+
+    graph: Graph
+    ledger: Ledger
+    stages: list[tuple[str, Graph]] = field(default_factory=list)
+    declined: list[tuple[str, Rewrite, str]] = field(default_factory=list)
+
+
+def run_pipeline(
+    graph: Graph,
+    passes: Sequence[Pass],
+    *,
+    dump: str | Path | None = None,
+    fuel: int | None = None,
+    metric: Callable[[Graph], float] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Result:
+    """Run passes in order, each verified.
+
+    `dump`: a folder for the text after each changing pass. `fuel`: how many rewrites may be made in all. `metric`: given
+    the graph after each changing pass, its figure goes into the ledger. `progress` is told each pass's name.
+    Raises ParingError with the pass named where one fails.
+    """
+    verify(graph)
+    result = Result(graph, Ledger(), [("import", graph)])
+    size = measure(graph)
+    for step, transformation in enumerate(passes, 1):
+        if progress:
+            progress(transformation.name)
+        context = Context(fuel)
+        start = time.perf_counter()
+        after = _run_one(transformation, graph, context, step)
+        fuel = context.fuel
+        changed = after is not graph and bool(context.rewrites)
+        after = after if changed else graph
+        new_size = measure(after) if changed else size
+        seconds = time.perf_counter() - start
+        fired = dict(sorted(Counter(r.rule for r in context.rewrites).items()))
+        figure = metric(after) if metric and changed else None
+        promise = transformation.promise(context)
+        result.ledger.entries.append(Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure))
+        result.declined.extend((transformation.name, rewrite, why) for rewrite, why in context.declined)
+        if changed:
+            result.stages.append((str(transformation), after))
+        graph, size = after, new_size
+    result.graph = graph
+    if dump is not None:
+        write_dumps(result, Path(dump))
+    return result
+
+
+def _run_one(transformation: Pass, graph: Graph, context: Context, step: int) -> Graph:
+    try:
+        after = transformation.run(graph, context)
+        verify(after)
+    except ParingError as error:
+        last = f" after {context.rewrites[-1]}" if context.rewrites else ""
+        place = f"pass {step} {transformation}{last}"
+        error.where = f"{place}: {error.where}" if error.where else place
+        raise
+    return after
+
+
+def write_dumps(result: Result, folder: Path) -> None:
+    """`000_import.ir`, then each changed stage, `ledger.json`, `ledger.txt`, and the constants, each stored once.
+
+    Raises ArgumentError where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("[0-9][0-9][0-9]_*.ir"):
+            old.unlink()
+        arrays = {}
+        numbers = [0, *(e.step for e in result.ledger.entries if e.changed)]
+        for number, (name, graph) in zip(numbers, result.stages, strict=True):
+            stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name.partition("{")[0])
+            (folder / f"{number:03d}_{stem}.ir").write_text(f"# {name}\n{show(graph)}")
+            arrays.update(constants(graph))
+        save_file(dict(sorted(arrays.items())), str(folder / "constants.safetensors"))
+        (folder / "ledger.json").write_text(json.dumps(result.ledger.as_json(), indent=1) + "\n")
+        (folder / "ledger.txt").write_text(str(result.ledger) + "\n")
+    except OSError as error:
+        raise ArgumentError("cannot write the dumps", where=str(folder), why=str(error)) from None

@@ -1,0 +1,61 @@
+"""Pipelines as data: which passes run, in which order. `{block}` stands for the target's option of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from paring.ir.errors import ArgumentError
+from paring.passes.base import Pass, parse_pass, split_pipeline
+from paring.passes.canonicalize import Canonicalize
+from paring.passes.const_fold import ConstFold
+from paring.passes.cse import Cse
+from paring.passes.dce import Dce
+from paring.passes.decompose import Decompose
+from paring.passes.fold_bn import FoldBn
+from paring.passes.fuse import Fuse
+from paring.passes.layout import Layout
+from paring.passes.prepack import Prepack
+
+PASSES: dict[str, type[Pass]] = {
+    cls.name: cls for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, Layout, Prepack, Fuse)
+}
+
+_SIMPLIFY = ("canonicalize", "const-fold", "cse", "dce")
+
+PIPELINES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "simplify": _SIMPLIFY,
+    "blocked": (
+        *_SIMPLIFY,
+        "decompose",
+        "fold-bn",
+        "canonicalize",
+        "const-fold",
+        "layout{{block={block}}}",
+        "prepack{{block={block}}}",
+        "const-fold",
+        "canonicalize",
+        "cse",
+        "dce",
+        "fuse",
+    ),
+}
+
+
+def pipeline(name: str, options: Mapping[str, object]) -> tuple[str, ...]:
+    """A named pipeline as text, its options filled in. Raises ArgumentError for an unknown name."""
+    if name not in PIPELINES:
+        raise ArgumentError(f"unknown pipeline {name!r}", hint=f"known: {', '.join(PIPELINES)}")
+    return tuple(step.format(**options) for step in PIPELINES[name])
+
+
+def parse_pipeline(steps: str | Iterable[str | Pass], extra: Mapping[str, type[Pass]] | None = None) -> tuple[Pass, ...]:
+    """Passes from text (`a, b{x=1}`) or from a sequence of texts and passes. `extra` adds passes to the table."""
+    table = {**PASSES, **(extra or {})}
+    parts: Sequence[str | Pass] = split_pipeline(steps) if isinstance(steps, str) else tuple(steps)
+    return tuple(part if isinstance(part, Pass) else parse_pass(part, table) for part in parts)
+
+
+def show_pipeline(passes: Iterable[Pass]) -> str:
+    """The text that `parse_pipeline` reads back."""
+    return ", ".join(str(p) for p in passes)

@@ -1,0 +1,113 @@
+"""Applies rules to a graph until none fires, with fuel: every rewrite costs one unit, so a wrong one can be bisected."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from paring.ir.errors import InternalError, IRTypeError
+from paring.ir.graph import Graph, Node, rebuild
+from paring.ir.op import Op
+from paring.passes.pattern import Match, Rule, match
+
+MAX_SWEEPS = 32
+MAX_REWRITES_AT_ONE_NODE = 64
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One change: who made it and to which node."""
+
+    rule: str
+    node: str
+
+    def __str__(self) -> str:
+        return f"{self.rule} at {self.node}"
+
+
+@dataclass
+class Context:
+    """What a pass is given besides the graph: fuel to spend, and where to write down what it did and did not do."""
+
+    fuel: int | None = None
+    rewrites: list[Rewrite] = field(default_factory=list)
+    declined: list[tuple[Rewrite, str]] = field(default_factory=list)
+
+    def spend(self, rule: str, node: Node) -> bool:
+        """Take one unit for a rewrite at a node; False, and nothing may be changed, when the fuel is used up."""
+        if self.fuel is not None:
+            if self.fuel <= 0:
+                return False
+            self.fuel -= 1
+        self.rewrites.append(Rewrite(rule, describe(node)))
+        return True
+
+    def decline(self, rule: str, node: Node, reason: str) -> None:
+        self.declined.append((Rewrite(rule, describe(node)), reason))
+
+
+def describe(node: Node) -> str:
+    """A node in a few words, with its provenance."""
+    return f"{node.op.name} {node.type}" + (f" from {node.loc}" if node.loc else "")
+
+
+def apply_rules(graph: Graph, rules: Sequence[Rule], context: Context) -> Graph:
+    """Rewrite operands before users, sweep after sweep, until no rule fires."""
+    by_op: dict[type[Op], list[Rule]] = {}
+    for rule in rules:
+        for cls in rule.pattern.ops:
+            by_op.setdefault(cls, []).append(rule)
+    for _ in range(MAX_SWEEPS):
+        fired = len(context.rewrites)
+        context.declined.clear()
+        graph = _sweep(graph, by_op, context)
+        if len(context.rewrites) == fired:
+            return graph
+    raise InternalError(f"rules still fire after {MAX_SWEEPS} sweeps", why=str(context.rewrites[-1]))
+
+
+def _sweep(graph: Graph, by_op: dict[type[Op], list[Rule]], context: Context) -> Graph:
+    uses: Counter[Node] = graph.use_counts()
+
+    def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
+        new = node if inputs == node.inputs else node.with_inputs(inputs)
+        uses[new] = uses[node]
+        for _ in range(MAX_REWRITES_AT_ONE_NODE):
+            replacement = _rewrite_once(new, by_op.get(type(new.op), ()), uses, context)
+            if replacement is None:
+                return new
+            uses[replacement] = max(uses[replacement], uses[node])
+            new = replacement
+        raise InternalError(f"rules do not come to rest at {describe(node)}", why=str(context.rewrites[-1]))
+
+    return rebuild(graph, visit)
+
+
+def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], context: Context) -> Node | None:
+    for rule in rules:
+        found = match(rule.pattern, node, uses)
+        if found is None:
+            continue
+        replacement = _attempt(rule, found)
+        if replacement is None:
+            if found.reason:
+                context.decline(rule.name, node, found.reason)
+            continue
+        if context.spend(rule.name, node):
+            return replacement
+    return None
+
+
+def _attempt(rule: Rule, found: Match) -> Node | None:
+    try:
+        replacement = rule.rewrite(found)
+    except IRTypeError as error:
+        where = f"rule {rule.name} at {describe(found.root)}: {error.where}"
+        raise IRTypeError(error.what, where=where, why=error.why, hint=error.hint) from None
+    if replacement is found.root:
+        return None
+    if replacement is not None and replacement.type != found.root.type:
+        where = f"rule {rule.name} at {describe(found.root)}"
+        raise IRTypeError(f"a rewrite gives {replacement.type} in place of {found.root.type}", where=where)
+    return replacement

@@ -1,0 +1,55 @@
+"""Small questions that several passes ask of nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from paring.ir.graph import Loc, Node
+from paring.ir.op import Array
+from paring.ir.ops.core import Const
+from paring.ir.ops.shape import Broadcast, Reshape
+
+
+def is_const(node: Node) -> bool:
+    return isinstance(node.op, Const)
+
+
+def const_value(node: Node) -> Array:
+    """The array of a Const. The caller has checked that it is one."""
+    assert isinstance(node.op, Const)
+    return node.op.value
+
+
+def constant(array: Array, loc: Loc | None = None) -> Node:
+    return Node(Const(np.ascontiguousarray(array)), (), loc)
+
+
+def splat_value(node: Node) -> float | None:
+    """The one value of a constant tensor, however broadcast and reshaped; None where it is not one."""
+    while isinstance(node.op, Broadcast | Reshape):
+        (node,) = node.inputs
+    if not isinstance(node.op, Const) or node.op.value.size == 0:
+        return None
+    flat = node.op.value.ravel()
+    if flat.size > 1 and not bool((flat == flat[0]).all() and (np.signbit(flat) == np.signbit(flat[0])).all()):
+        return None
+    value = flat[0].item()
+    return float(value)
+
+
+def channel_values(node: Node, channels: int, axis: int, rank: int) -> Array | None:
+    """The (channels,) values of a constant that varies along one axis of a rank-`rank` tensor only; None for any other."""
+    shape: tuple[int, ...] | None = None
+    if isinstance(node.op, Broadcast):
+        shape, (node,) = node.op.shape, node.inputs
+    if not isinstance(node.op, Const):
+        return None
+    value = node.op.value
+    if value.size == 1:
+        return np.full((channels,), value.ravel()[0], value.dtype)
+    dims = (1,) * (rank - value.ndim) + value.shape
+    if len(dims) != rank or dims[axis] != channels or value.size != channels:
+        return None
+    if shape is None and value.ndim != rank:
+        return None
+    return value.reshape(channels)

@@ -1,0 +1,54 @@
+# Two commands on a fresh machine: `make demo` (the main job) and `make test` (the tests). Each makes .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .constraints.txt
+
+.PHONY: demo test check lint types long bench coverage clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/pip: 
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# A stamp for each set of dependencies, so that a second run reuses them.
+$(VENV)/core: pyproject.toml .constraints.txt | $(VENV)/pip
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/core
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/core
+	$(PIP) --editable '.[bench]'
+	touch $@
+
+demo: $(VENV)/dev  ## train a small CNN, compile it, show what it costs and what it keeps; then ResNet-18
+	$(BIN)/python -m paring.bench.demo
+
+check: $(VENV)/dev lint types  ## the fast tier: neither torch nor TVM is imported; at most 60 s
+	$(BIN)/python -m pytest -m fast -n 2 -q
+
+test: $(VENV)/dev lint types  ## all tests
+	$(BIN)/python -m pytest -n 2 -q --durations=10
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev
+	$(BIN)/python -m paring.bench.typecheck
+
+long: $(VENV)/dev  ## the long tiers, by command
+	$(BIN)/python -m pytest -m "slow or not slow" -n 2 -q --graphs 100000
+
+bench: $(VENV)/bench  ## the benchmark tables of the README
+	$(BIN)/paring bench --suite cnn --peers eager,inductor,ort,openvino --threads 2
+	$(BIN)/paring bench --suite transformer --peers eager,inductor,ort,openvino --threads 2
+
+coverage: $(VENV)/bench  ## the table of networks that agree with torch
+	$(BIN)/paring bench --coverage
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

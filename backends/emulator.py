@@ -54,9 +54,7 @@ from numpy.typing import NDArray
 
 QEMU = "qemu-aarch64"
 COMPILER = "aarch64-linux-gnu-g++"
-COMMAND = "python -m paring.backends.emulator --prepare"
 TOOLS = {QEMU: "qemu-user", COMPILER: "g++-aarch64-linux-gnu"}
-PACKAGES = ("apache-tvm", "apache-tvm-ffi")
 LIBRARIES = ("libtvm_ffi.so", "libtvm_runtime.so", "libtvm_runtime_extra.so")
 LOCK_SECONDS = 900.0
 START_SECONDS = 60.0
@@ -68,11 +66,11 @@ SERVER = r"""
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
-#include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <tvm/ffi/container/tensor.h>
@@ -82,26 +80,23 @@ SERVER = r"""
 namespace ffi = tvm::ffi;
 constexpr int32_t kMagic = 0xFF271;  // kRPCMagic of TVM, whose handshake this is
 
-bool Receive(int fd, void* data, size_t size) {
-  for (char* at = static_cast<char*>(data); size > 0;) {
-    ssize_t n = read(fd, at, size);
-    if (n <= 0) return false;
-    at += n;
-    size -= n;
-  }
-  return true;
-}
-
 bool Handshake(int fd, const std::string& key) {
-  int32_t magic = 0, size = 0;
-  if (!Receive(fd, &magic, 4) || magic != kMagic || !Receive(fd, &size, 4)) return false;
-  if (size < 0 || size > 4096) return false;
-  std::string theirs(size, '\0');
-  if (!Receive(fd, &theirs[0], size)) return false;
+  int32_t head[2] = {};
+  if (recv(fd, head, 8, MSG_WAITALL) != 8 || head[0] != kMagic || head[1] < 0 || head[1] > 4096) return false;
+  std::string theirs(head[1], '\0');
+  if (recv(fd, &theirs[0], head[1], MSG_WAITALL) != head[1]) return false;
   bool same = theirs == "client:" + key;
   const int32_t accepted[] = {kMagic, 0}, refused[] = {kMagic + 2};  // 0: the length of our own name
   send(fd, same ? accepted : refused, same ? 8 : 4, MSG_NOSIGNAL);
   return same;
+}
+
+[[noreturn]] void End(const std::string& folder) {
+  static std::mutex first;
+  first.lock();
+  std::error_code ignored;
+  std::filesystem::remove_all(folder, ignored);
+  _exit(0);
 }
 
 char* Bytes(DLTensor* t) {
@@ -113,15 +108,12 @@ int main(int argc, char** argv) try {
   ffi::Function loop = ffi::Function::GetGlobalRequired("rpc.ServerLoop");
   ffi::Function::GetGlobalRequired("ffi.Module.load_from_file.relax.VMExecutable");
   if (argc == 2 && argv[1] == std::string("--check")) return 0;
-  if (argc != 3) return 2;
   int listener = std::atoi(argv[1]);
   std::string folder = argv[2], key;
-  for (char c; Receive(0, &c, 1) && c != '\n';) key += c;
+  std::getline(std::cin, key);
   std::thread([folder] {
-    for (char c; Receive(0, &c, 1);) continue;
-    std::error_code ignored;
-    std::filesystem::remove_all(folder, ignored);
-    _exit(0);
+    for (char c; read(0, &c, 1) > 0;) continue;
+    End(folder);
   }).detach();
   auto path = [folder](std::string name) { return folder + "/" + name; };
   auto load = [path](std::string name) { return ffi::Module::LoadFromFile(path(name)); };
@@ -146,12 +138,12 @@ int main(int argc, char** argv) try {
       setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &forever, sizeof forever);
       close(listener);
       loop(client);
-      return 0;
+      End(folder);
     }
     close(client);
   }
 } catch (const std::exception& error) {
-  std::fprintf(stderr, "%s\n", error.what());
+  std::cerr << error.what() << std::endl;
   return 1;
 }
 """
@@ -192,10 +184,7 @@ def _emulate(*command: str | Path, cpu: str = "max", threads: int = 1) -> list[s
 
 
 def _requirements() -> list[str]:
-    try:
-        return [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
-    except importlib.metadata.PackageNotFoundError as error:
-        raise EmulatorError(f"{error.name} is not installed: pip install paring brings it") from error
+    return [f"{name}=={importlib.metadata.version(name)}" for name in ("apache-tvm", "apache-tvm-ffi")]
 
 
 def _runtime() -> Path:
@@ -211,27 +200,9 @@ def missing() -> list[str]:
     if sys.platform != "linux":
         return ["Linux (qemu emulates single programs there only)"]
     lacks = [f"{name} (Debian: {package})" for name, package in TOOLS.items() if shutil.which(name) is None]
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version(name)
-            continue
-        lacks.append(f"{name} (pip install {name})")
     if not lacks and not _runtime().is_dir():
-        lacks.append(f"the ARM runtime (run: {COMMAND})")
+        lacks.append("the ARM runtime (run: python -m paring.backends.emulator --prepare)")
     return lacks
-
-
-def _cache() -> Path:
-    """The cache folder, made for this user alone: what lies in it gets executed."""
-    folder = Path(platformdirs.user_cache_dir("paring", appauthor=False))
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.geteuid():
-            raise EmulatorError(f"{folder} belongs to another user, who could change what runs: remove it or set HOME")
-        folder.chmod(0o700)
-    except OSError as error:
-        raise EmulatorError(f"cannot use the cache folder {folder}: {error}") from error
-    return folder
 
 
 def _download(folder: Path) -> list[Path]:
@@ -278,9 +249,11 @@ def prepare(progress: Callable[[str], None] = lambda message: None) -> Path:
     final = _runtime()
     if final.is_dir():
         return final
-    cache = _cache()
     try:
-        with filelock.FileLock(cache / f"{final.name}.lock", timeout=LOCK_SECONDS):
+        # For this user alone: what lies in it gets executed.
+        final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        final.parent.chmod(0o700)
+        with filelock.FileLock(final.with_suffix(".lock"), timeout=LOCK_SECONDS):
             if not final.is_dir():
                 _build(final, progress)
     except filelock.Timeout as error:
@@ -329,6 +302,7 @@ class _Guest:
 
     def __init__(self, cpu: str, threads: int, timeout: float) -> None:
         self.cpu, self.timeout, self.loaded = cpu, timeout, 0
+        self.key = secrets.token_hex(16)
         self.session: Any = None
         self.lock = threading.Lock()
         runtime = prepare()
@@ -337,9 +311,9 @@ class _Guest:
         # The host listens and the guest inherits the socket, so no port has to be guessed or waited for.
         with socket.create_server(("127.0.0.1", 0)) as listener, self._log.open("wb") as log:
             self.port: int = listener.getsockname()[1]
-            socket_number = str(listener.fileno())
+            server = (runtime / "server", str(listener.fileno()), self.folder)
             self.process = subprocess.Popen(
-                _emulate(runtime / "server", socket_number, self.folder, cpu=cpu, threads=threads),
+                _emulate(*server, cpu=cpu, threads=threads),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -349,18 +323,17 @@ class _Guest:
             )
         self.stop = weakref.finalize(self, _stop, self.process, self.folder, os.getpid())
         with self.guard("starting the emulated device", min(timeout, START_SECONDS)):
+            assert self.process.stdin is not None
+            self.process.stdin.write(f"{self.key}\n".encode())
+            self.process.stdin.flush()
             self.session = self._connect()
 
     def _connect(self) -> Any:
         from tvm import rpc
 
-        key = secrets.token_hex(16)
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{key}\n".encode())
-        self.process.stdin.flush()
-        return rpc.connect("127.0.0.1", self.port, key)
+        return rpc.connect("127.0.0.1", self.port, self.key)
 
-    # Tensors and libraries go by file: through its sockets TVM takes 0.2 s a MB under emulation, by file 1 ms.
+    # Tensors and libraries go by file: through its socket TVM takes 0.2 s a MB here, by file about 3 ms.
     def send(self, array: NDArray[Any]) -> Any:
         import tvm
 
@@ -376,7 +349,7 @@ class _Guest:
 
     def _answers(self) -> bool:
         try:
-            return bool(self.session.cpu(0).exist)
+            return self.session is not None and self.session.get_function("paring.read") is not None
         except Exception:
             return False
 
@@ -404,6 +377,10 @@ class _Guest:
             except Exception as error:
                 reason = f"it took longer than {seconds:g} s: allow more time" if late.is_set() else self._fate(error)
                 raise EmulatorError(f"{what} failed: {reason}") from error
+            except BaseException:
+                # Interrupted halfway through a message, the two sides could no longer understand each other.
+                self.process.kill()
+                raise
             finally:
                 timer.cancel()
 
@@ -421,19 +398,17 @@ class _Guest:
         if status == -signal.SIGILL:
             return f"an instruction that the emulated CPU '{self.cpu}' does not have: compile for it, or choose another"
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        said = self._log.read_text(errors="replace").strip()[-2000:]
+        said = self._log.read_text(errors="replace").strip()[-2000:] if self._log.exists() else ""
         return f"the emulated process ended with {how}: load the library again. It said:\n{said}"
 
 
 class EmulatedModule:
     """A library loaded on the emulated device. Calls from several threads take turns."""
 
-    def __init__(self, guest: _Guest, owner: Emulator, path: Path) -> None:
+    def __init__(self, guest: _Guest, path: Path) -> None:
         from tvm import relax
 
-        self.path = path
-        # The emulator stays up for as long as something loaded on it is in use.
-        self._owner, self._guest = owner, guest
+        self.path, self._guest = path, guest
         with guest.guard(f"loading {path} on the emulated device"):
             guest.loaded += 1
             name = f"{guest.loaded}.so"
@@ -449,12 +424,10 @@ class EmulatedModule:
             return [self._guest.receive(tensor) for tensor in _flatten(self._machine.get_outputs("main"))]
 
 
-def _flatten(outputs: Any) -> Iterator[Any]:
+def _flatten(outputs: Any) -> list[Any]:
     if isinstance(outputs, (tuple, list)):
-        for output in outputs:
-            yield from _flatten(output)
-    else:
-        yield outputs
+        return [leaf for output in outputs for leaf in _flatten(output)]
+    return [outputs]
 
 
 class Emulator:
@@ -478,7 +451,7 @@ class Emulator:
             return self._guest
 
     def session(self) -> Any:
-        """The `tvm.rpc` session with the device. Calls made on it directly have no deadline."""
+        """The `tvm.rpc` session, which lives as long as this emulator. Calls made on it directly have no deadline."""
         return self._started().session
 
     def load(self, library: str | Path) -> EmulatedModule:
@@ -486,7 +459,7 @@ class Emulator:
         path = Path(library)
         if not path.is_file():
             raise EmulatorError(f"no library at {path}: export one with export_library")
-        return EmulatedModule(self._started(), self, path)
+        return EmulatedModule(self._started(), path)
 
     def pid(self) -> int | None:
         """The emulated process, where one is running."""

@@ -45,7 +45,9 @@ class Lanes:
         return Lanes(self.base * factor, self.count, self.stride * factor)
 
     def expand(self) -> Value:
-        """As a TVM vector expression."""
+        """As a TVM vector expression; a single lane is a scalar."""
+        if self.count == 1:
+            return as_int(self.base)
         return tirx.Ramp(as_int(self.base), self.stride, self.count) if self.stride else tirx.Broadcast(as_int(self.base), self.count)
 
 
@@ -200,8 +202,9 @@ class Kernel:
             yield unflatten(flat, extents)
 
     def local(self, elements: int, dtype: str) -> Any:
-        """Scratch memory of this thread: registers when every offset is constant."""
-        return T.alloc_buffer((elements,), dtype, scope="local")
+        """Scratch memory of this thread: registers when every offset is constant, else the stack; the heap from 1 KiB on."""
+        # TVM puts no scope but "global" on the stack: "local" becomes a heap allocation for each use.
+        return T.alloc_buffer((elements,), dtype, scope="global")
 
 
 # A parallel region costs about 4 us; below this the threads are not woken.

@@ -120,7 +120,7 @@ def define_torchvision_ops() -> object:
 
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("torchvision is not installed: pip install --no-deps torchvision==0.28.0")
+        return None
     try:
         for library in Path(spec.origin).parent.glob("_C*.so"):
             torch.ops.load_library(str(library))
@@ -160,6 +160,7 @@ def timm_model(name: str, shape: Shape) -> torch.nn.Module:
 
 
 def transformers_model(model: str, config: str, shape: Shape, **options: Any) -> torch.nn.Module:
+    define_torchvision_ops()  # transformers imports torchvision wherever it is installed
     library = import_module("transformers")
     if len(shape) == 4:
         options["image_size"] = shape[-1]

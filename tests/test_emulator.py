@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +36,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     target = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"})
     folder = tmp_path_factory.mktemp("arm")
 
-    def library(name: str, *expressions: Callable[[Any], Any], dtype: str = "float32", mattr: str = "") -> Path:
+    def library(name: str, *expressions: Callable[[Any], Any], dtype: str = "float32") -> Path:
         x = relax.Var("x", relax.TensorType(SHAPE, dtype))
         builder = relax.BlockBuilder()
         with builder.function("main", [x]):
@@ -87,10 +90,19 @@ def sample(dtype: str = "float32") -> Any:
     return np.random.default_rng(0).integers(-8, 8, SHAPE).astype(dtype)
 
 
+def running(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+TWICE = (sample() + sample()).tobytes()
+
+
 @needs_device
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8", "uint8", "int32", "int64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8", "uint8", "int32", "int64", "bfloat16"])
 def test_a_kernel_gives_the_same_bits(device: Emulator, build: Build, dtype: str) -> None:
-    x = sample(dtype)
+    x = sample(dtype)  # small integers: sums of two are exact in every type
     (output,) = device.load(build(f"twice-{dtype}", twice, dtype=dtype)).run([x])
     assert output.dtype == x.dtype
     assert output.tobytes() == (x + x).tobytes()
@@ -127,18 +139,53 @@ def test_wrong_inputs_are_refused_and_the_device_goes_on(device: Emulator, build
 
 
 @needs_device
-def test_a_crash_is_an_error_and_the_next_load_works(build: Build) -> None:
+def test_the_documented_sequence(device: Emulator, build: Build) -> None:
+    import tvm
+    from tvm import relax
+
+    x, session = sample(), device.session()
+    session.upload(str(build("sequence", twice, reverse)), target="net.so")
+    machine = relax.VirtualMachine(session.load_module("net.so"), session.cpu(0))
+    machine.set_input("main", tvm.runtime.tensor(x, session.cpu(0)))
+    machine.invoke_stateful("main")
+    outputs = [output.numpy() for output in machine.get_outputs("main")]
+    assert [output.tobytes() for output in outputs] == [(x + x).tobytes(), x[::-1, ::-1].tobytes()]
+
+
+@needs_device
+def test_ctrl_c_reaches_a_hanging_kernel(build: Build) -> None:
+    program = """
+import sys, numpy as np
+from paring.backends.emulator import Emulator
+device = Emulator()
+net = device.load(sys.argv[1])
+print(device.pid(), flush=True)
+net.run([np.zeros((5, 7), "float32")])
+"""
+    path = build("interrupted", libc("sleep", 1000))
+    with subprocess.Popen([sys.executable, "-c", program, path], stdout=-1, stderr=-1, text=True) as host:
+        assert host.stdout is not None
+        guest = int(host.stdout.readline())
+        time.sleep(0.5)
+        host.send_signal(signal.SIGINT)
+        try:
+            _, said = host.communicate(timeout=5.0)
+        finally:
+            host.kill()
+    assert "KeyboardInterrupt" in said
+    assert not running(guest)
+
+
+@needs_device
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGILL, "'max' does not have")])
+def test_a_crash_is_an_error_and_the_next_load_works(build: Build, number: int, reason: str) -> None:
     with Emulator(timeout=60.0) as device:
-        net = device.load(build("crash", libc("raise", 11)))
-        with pytest.raises(EmulatorError, match="SIGSEGV"):
+        net = device.load(build("crash", libc("raise", number)))
+        with pytest.raises(EmulatorError, match=reason):
             net.run([sample()])
-        with pytest.raises(EmulatorError, match="load the library again"):
+        with pytest.raises(EmulatorError, match=reason):
             net.run([sample()])
-        assert device.load(build("after", twice)).run([sample()])[0].tobytes() == twice_of_sample()
-
-
-def twice_of_sample() -> bytes:
-    return bytes((sample() + sample()).tobytes())
+        assert device.load(build("after", twice)).run([sample()])[0].tobytes() == TWICE
 
 
 @needs_device
@@ -161,17 +208,26 @@ def test_not_a_library(device: Emulator, tmp_path: Path) -> None:
 
 
 @needs_device
-def test_only_the_key_opens_the_device() -> None:
+def test_only_the_key_opens_the_device_and_only_once_and_only_from_here() -> None:
     from tvm import rpc
 
-    with Emulator() as device:
-        assert device.session().get_function("runtime.TVMSetStream") is not None
-        listening = [c for c in psutil.net_connections("inet") if c.pid == device.pid() and c.status == "LISTEN"]
-        assert not listening
-        started = emulator._Guest("max", 1, 10.0)
-        with pytest.raises(Exception, match=r"failed|refused"):
-            rpc.connect("127.0.0.1", started.port, "guess")
-        started.stop()
+    class Probed(emulator._Guest):
+        def _connect(self) -> Any:
+            bound = [c.laddr.ip for c in psutil.Process(self.process.pid).net_connections() if c.status == "LISTEN"]
+            assert bound == ["127.0.0.1"]
+            with socket.create_connection(("127.0.0.1", self.port)) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with pytest.raises(Exception, match="cannot find server that matches key"):
+                rpc.connect("127.0.0.1", self.port, "guess")
+            return super()._connect()
+
+    guest = Probed("max", 1, 30.0)
+    try:
+        assert guest.session.cpu(0).exist
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", guest.port))
+    finally:
+        guest.stop()
 
 
 @needs_device
@@ -188,7 +244,7 @@ def test_close_leaves_no_process(build: Build) -> None:
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
     with pytest.raises(EmulatorError, match="was closed"):
         net.run([sample()])
-    assert device.load(build("again", twice)).run([sample()])[0].tobytes() == twice_of_sample()
+    assert device.load(build("again", twice)).run([sample()])[0].tobytes() == TWICE
     device.close()
 
 
@@ -206,7 +262,7 @@ print(device.pid(), flush=True)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     pid = int(done.stdout)
     limit = time.monotonic() + 5.0
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while running(pid):
         assert time.monotonic() < limit, "the guest outlived its host"
         time.sleep(0.02)
 

@@ -1,0 +1,207 @@
+"""From a lowered graph to a library: each distinct kernel once, and a Relax VM function `main` that follows the plan.
+
+`main(inputs..., weights...)` takes flat tensors and returns a tuple of flat tensors. Its bytecode is written directly:
+one arena for all that is in between, allocated from TVM's pool, and a tensor of that arena for each kernel's result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tvm
+from tvm import relax, tirx
+from tvm.relax import vm_build
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.support import cc
+
+from paring.backends.kernel import tvm_target
+from paring.backends.memory import Plan, Step, plan, root, storage_bytes
+from paring.backends.targets import Target
+from paring.ir.errors import TargetError
+from paring.ir.graph import Graph, Node
+from paring.ir.text import show
+from paring.ir.types import TensorType
+
+Progress = Callable[[int, int, str], None]
+
+# Kernels to an object file; objects are compiled side by side, for TVM lets go of the GIL while it works. A constant, so
+# that the library does not depend on the number of cores.
+GROUP = 4
+COMPILERS = ("c++", "g++", "clang++")
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A compiled network: its library as bytes, with the plan that says what goes in and what comes out."""
+
+    target: Target
+    plan: Plan
+    library: bytes
+
+    @property
+    def graph(self) -> Graph:
+        return self.plan.graph
+
+
+def build(graph: Graph, target: Target, progress: Progress | None = None) -> Built:
+    """Compile a lowered graph (Input, Const, Reshape, and one kernel for each Region or other op).
+
+    `progress(done, total, name)` is called as kernels are emitted and compiled. Raises TargetError without a linker.
+    """
+    linker = find_linker(target)
+    planned = plan(graph)
+    kernels = {kernel_name(step, target): step for step in planned.order}
+    report = _Reporter(progress, 2 * len(kernels))
+    functions = {}
+    for name, step in kernels.items():
+        functions[name] = emit(step, target, name)
+        report(name)
+    builder = _Main(planned, target).write()
+    with tempfile.TemporaryDirectory(prefix="paring-build-") as folder:
+        library = _link(builder, functions, target, linker, Path(folder), report)
+        return Built(target, planned, library.read_bytes())
+
+
+class _Reporter:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, name: str, count: int = 1) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total, name)
+
+
+def kernel_name(step: Step, target: Target) -> str:
+    """A name for people that starts with the region's kind and ends in the digest of body and target."""
+    kind = getattr(step.node.op, "kind", step.node.op.name)
+    # Where the code runs and who links it changes nothing in the kernel itself.
+    machine = replace(target, name="", device="", linker="", linker_package="", pipeline="")
+    text = f"{show(step.body, locs=False)}{machine}{step.in_place}"
+    readable = re.sub(r"\W+", "_", kind, flags=re.ASCII)[:40]
+    return f"{readable}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def emit(step: Step, target: Target, name: str) -> tirx.PrimFunc:
+    """The kernel of one step as a PrimFunc over flat buffers."""
+    from paring.backends.families import lower_region
+
+    function = lower_region(step.body, target, name)
+    return function.with_attr("tirx.noalias", False) if step.in_place else function
+
+
+def find_linker(target: Target) -> str:
+    """The compiler driver that links for the target. Raises TargetError where there is none."""
+    for name in (target.linker,) if target.linker else COMPILERS:
+        path = shutil.which(name)
+        if path:
+            return path
+    wanted, package = (target.linker, target.linker_package) if target.linker else ("C++ compiler", "g++")
+    raise TargetError(
+        f"no {wanted} on this host to link code for {target.name}",
+        hint=f"install it (Debian: apt install {package})",
+    )
+
+
+def buffer_shape(type: TensorType) -> tuple[int]:
+    """The flat buffer that holds a value: kernels take at least one element."""
+    return (max(type.size, 1),)
+
+
+class _Main:
+    """Writes the bytecode of `main`: allocate, call the kernels in the order of the plan, return the outputs."""
+
+    def __init__(self, planned: Plan, target: Target) -> None:
+        self.planned, self.target = planned, target
+        self.builder = relax.ExecBuilder()
+        self.parameters = len(planned.graph.inputs) + len(planned.weights)
+        self.taken = self.parameters
+        self.tensors: dict[Node, int] = {}
+
+    def write(self) -> relax.ExecBuilder:
+        builder, planned = self.builder, self.planned
+        with builder.function("main", self.parameters, [f"p{i}" for i in range(self.parameters)]):
+            self.arena = self.storage(planned.peak_bytes) if planned.peak_bytes else -1
+            for step in planned.order:
+                arguments = [self.register(node) for node in (*step.operands, step.node)]
+                builder.emit_call(kernel_name(step, self.target), [builder.r(a) for a in arguments])
+            results = [builder.r(self.register(node)) for node in planned.results]
+            builder.emit_call("vm.builtin.make_tuple", results, builder.r(self.new()))
+            builder.emit_ret(builder.r(self.taken - 1))
+        return builder
+
+    def new(self) -> int:
+        self.taken += 1
+        return self.taken - 1
+
+    def register(self, node: Node) -> int:
+        """The register that holds a value, allocated when first asked for."""
+        node = root(node)
+        slot = self.planned.slots[node]
+        if slot.space == "input":
+            return slot.position
+        if slot.space == "weight":
+            return len(self.planned.graph.inputs) + slot.position
+        if node not in self.tensors:
+            in_arena = slot.space == "arena"
+            storage = self.arena if in_arena else self.storage(storage_bytes(node))
+            self.tensors[node] = self.tensor(storage, slot.position if in_arena else 0, node.type)
+        return self.tensors[node]
+
+    def storage(self, size: int) -> int:
+        builder, register = self.builder, self.new()
+        arguments = [builder.vm_state(), (size,), builder.imm(0), tvm.DataType("uint8"), builder.convert_constant("global")]
+        builder.emit_call("vm.builtin.alloc_storage", arguments, builder.r(register))
+        return register
+
+    def tensor(self, storage: int, offset: int, type: TensorType) -> int:
+        builder, register = self.builder, self.new()
+        place = [builder.r(storage), builder.imm(offset), buffer_shape(type), tvm.DataType(type.dtype)]
+        builder.emit_call("vm.builtin.alloc_tensor", place, builder.r(register))
+        if offset:
+            # alloc_tensor keeps the offset beside the pointer, which kernels refuse; this makes a view with a moved pointer.
+            builder.emit_call("vm.builtin.ensure_zero_offset", [builder.r(register)], builder.r(register))
+        return register
+
+
+def _link(
+    builder: relax.ExecBuilder, kernels: dict[str, tirx.PrimFunc], target: Target, linker: str, folder: Path, report: _Reporter
+) -> Path:
+    """Compile the kernels in groups, side by side, and link them with the bytecode into one library."""
+    machine = tvm_target(target)
+    names = sorted(kernels)
+    groups = [names[i : i + GROUP] for i in range(0, len(names), GROUP)]
+
+    def compile_group(position: int) -> str:
+        path = str(folder / f"kernels{position}.o")
+        module = tvm.IRModule({name: kernels[name] for name in groups[position]})
+        tvm.tirx.build(module, target=machine).write_to_file(path)
+        return path
+
+    objects = []
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, max(len(groups), 1))) as pool:
+        for position, path in enumerate(pool.map(compile_group, range(len(groups)))):
+            objects.append(path)
+            report(groups[position][-1], len(groups[position]))
+    # The executable wants an LLVM module of its own to know that it lies in a library; the kernels come as objects beside it.
+    executable = vm_build._vmlink(builder, machine, tvm.IRModule({"nothing": _nothing()}))
+    library = folder / "lib.so"
+    executable.export_library(str(library), fcompile=cc.cross_compiler(linker), addons=objects, workspace_dir=str(folder))
+    return library
+
+
+def _nothing() -> tirx.PrimFunc:
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name("nothing")
+        T.func_attr({"global_symbol": "nothing"})
+        T.evaluate(0)
+    return builder.get()

@@ -1,0 +1,217 @@
+"""Direct convolution on blocked channels: NCHW{b}c or plain NCHW in, NCHW{b}c out, weights OIHW{i}i{b}o.
+
+A register tile is some columns x some output channel blocks; all of the reduction runs inside it. Tiles at the left and right
+border are emitted on their own, without the taps that fall into the padding, and the range of kernel rows follows the row, so
+padding costs nothing and needs no copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from paring.backends.kernel import Kernel, Lanes, Scalar
+from paring.backends.schedules.tiles import (
+    Accumulators,
+    Run,
+    balanced,
+    dispatch,
+    finish,
+    runs,
+    takes_epilogue,
+    tile_count,
+    vector_registers,
+)
+from paring.backends.targets import Target
+from paring.ir import layout as lay
+from paring.ir.graph import Graph, Node
+from paring.ir.ops.conv import Conv2d
+
+Taps = tuple[range, ...]  # for each kernel column the columns of a tile that it reaches inside the image
+
+
+@dataclass(frozen=True)
+class ConvKnobs:
+    """A register tile of at most `columns` x `blocks` vectors; `rows_outer`: all channels of a row before the next row."""
+
+    columns: int
+    blocks: int
+    rows_outer: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one convolution as its loops see them; a pointwise one sees its image as a single row."""
+
+    images: int
+    groups: int
+    in_blocks: int  # of one group
+    out_blocks: int  # of one group
+    block_in: int
+    block: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    top: int
+    left: int
+
+    @staticmethod
+    def of(node: Node) -> Shape:
+        op = node.op
+        assert isinstance(op, Conv2d)
+        x, w = (operand.type.shape for operand in node.inputs[:2])
+        n, blocks, oh, ow, _ = node.type.shape
+        height, width, (top, left) = x[2], x[3], (side[0] for side in op.padding)
+        if w[2:4] == (1, 1) and op.stride == (1, 1) and (oh, ow) == (height, width):
+            oh, ow, height, width = 1, oh * ow, 1, height * width
+        return Shape(
+            n, op.groups, w[1], blocks // op.groups, w[4], w[5], height, width, oh, ow, w[2:4], op.stride, op.dilation, top, left
+        )
+
+    @property
+    def padded_rows(self) -> bool:
+        """Whether some tap of some output row lies above or below the image."""
+        last = (self.out_height - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] - self.top
+        return self.top > 0 or last >= self.height
+
+    def taps(self, start: int, width: int) -> Taps:
+        """For a tile of `width` output columns from `start`."""
+
+        def inside(column: int, tap: int) -> bool:
+            return 0 <= (start + column) * self.stride[1] - self.left + tap * self.dilation[1] < self.width
+
+        found = []
+        for tap in range(self.kernel[1]):
+            columns = [c for c in range(width) if inside(c, tap)]
+            found.append(range(columns[0], columns[-1] + 1) if columns else range(0))
+        return tuple(found)
+
+
+def find(body: Graph, target: Target) -> Node | None:
+    """The convolution of a region that this family runs, or None."""
+    anchors = [node for node in body.nodes() if isinstance(node.op, Conv2d)]
+    if len(anchors) != 1 or not takes_epilogue(body, anchors[0]):
+        return None
+    (node,) = anchors
+    op, b = node.op, target.block
+    assert isinstance(op, Conv2d)
+    blocks, block_in = lay.weight_blocks(op.weight_layout), lay.channel_block(op.layout)
+    if node.type.dtype != "float32" or node.type.size == 0 or op.algorithm != "direct" or blocks is None:
+        return None
+    if lay.channel_block(op.out_layout) != b or blocks != (block_in or 1, b) or block_in not in (None, b):
+        return None
+    weight = node.inputs[1].type.shape
+    return node if weight[1] and weight[0] % op.groups == 0 else None
+
+
+def knobs(node: Node, target: Target) -> ConvKnobs:
+    """The default settings, from the target's registers and caches."""
+    shape = Shape.of(node)
+    spare = 4 if target.registers >= 32 else 3
+    vectors = (target.registers - spare) // vector_registers(target, shape.block)
+    blocks = max(b for b in (1, 2) if b <= vectors and shape.out_blocks % b == 0)
+    return ConvKnobs(max(vectors // blocks, 1), blocks, False)
+
+
+def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
+    """Write the loops of a region around that convolution."""
+    shape = Shape.of(anchor)
+    columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
+    channels = runs(balanced(shape.out_blocks, knobs.blocks))
+    extents = (shape.images, shape.groups, tile_count(channels), shape.out_height, tile_count(columns))
+    order = (0, 3, 4, 1, 2) if knobs.rows_outer else (0, 1, 2, 3, 4)
+    macs = anchor.op.macs(anchor.type, *(operand.type for operand in anchor.inputs))
+    with kernel.parallel([extents[i] for i in order], macs // MACS_PER_NS) as turns:
+        n, group, channel, y, column = (turns[order.index(i)] for i in range(5))
+
+        def at_channel(first: Scalar, blocks: Run) -> None:
+            def at_column(x: Scalar, tile: Run) -> None:
+                _Tile(kernel, anchor, shape, n, group, first, blocks.width, y, x, tile).emit()
+
+            dispatch(kernel, column, columns, at_column)
+
+        dispatch(kernel, channel, channels, at_channel)
+
+
+def kernel_rows(kernel: Kernel, shape: Shape, y: Scalar) -> tuple[Scalar, Scalar]:
+    """The range of kernel rows that meet the image in output row y; empty where none does."""
+    if not shape.padded_rows:
+        return 0, shape.kernel[0]
+    step, origin = shape.dilation[0], y * shape.stride[0] - shape.top
+    low, high = (step - 1 - origin) // step, (shape.height - 1 - origin) // step + 1
+    if isinstance(y, int):
+        low = max(0, low)
+        return low, max(low, min(shape.kernel[0], high))
+    low = kernel.bind(tirx.max(0, low))
+    return low, kernel.bind(tirx.max(low, tirx.min(shape.kernel[0], high)))
+
+
+# Of one core, about: it only decides whether a kernel is worth several threads.
+MACS_PER_NS = 40
+
+
+@dataclass
+class _Tile:
+    """One register tile: `tile.width` columns from x of row y, `blocks` channel blocks from `first` of a group."""
+
+    kernel: Kernel
+    anchor: Node
+    shape: Shape
+    n: Scalar
+    group: Scalar
+    first: Scalar
+    blocks: int
+    y: Scalar
+    x: Scalar
+    tile: Run
+
+    def emit(self) -> None:
+        k, s = self.kernel, self.shape
+        self.sums = Accumulators(k, self.tile.width, self.blocks, s.block)
+        self.channel = k.bind(self.group * s.out_blocks + self.first)
+        for j in range(self.blocks):
+            bias = self.anchor.inputs[2:]
+            self.sums.start(j, k.value(bias[0], (Lanes((self.channel + j) * s.block, s.block),)) if bias else None)
+        low, high = kernel_rows(k, s, self.y)
+        with k.loop(s.in_blocks) as ci, k.loop(high, start=low) as kh:
+            self._accumulate(ci, kh)
+        for i in range(self.tile.width):
+            for j in range(self.blocks):
+                finish(k, self.anchor, self._index(i, j), self.sums.value(i, j))
+
+    def _accumulate(self, ci: Scalar, kh: Scalar) -> None:
+        """All taps of one kernel row over one block of input channels."""
+        k, s = self.kernel, self.shape
+        x, w = (k.buffers[operand] for operand in self.anchor.inputs[:2])
+        row = self.y * s.stride[0] - s.top + kh * s.dilation[0]
+        plane = (self.n * s.groups + self.group) * s.in_blocks + ci
+        origin = k.bind(((plane * s.height + row) * s.width + self.x * s.stride[1]) * s.block_in)
+        size = s.block_in * s.block
+        strip = s.kernel[1] * size
+        weights = k.bind(((self.channel * s.in_blocks + ci) * s.kernel[0] + kh) * strip)
+        between = s.in_blocks * s.kernel[0] * strip
+        for tap, reached in enumerate(self.tile.kind):
+            if not reached:
+                continue
+            with k.loop(s.block_in) as lane:
+                vectors = []
+                for j in range(self.blocks):
+                    position = weights + j * between + tap * size + lane * s.block
+                    vectors.append(k.bind(k.load(w, Lanes(position, s.block))))
+                for i in reached:
+                    offset = (i * s.stride[1] - s.left + tap * s.dilation[1]) * s.block_in
+                    pixel = k.load(x, origin + offset + lane)
+                    for j, vector in enumerate(vectors):
+                        self.sums.add_product(i, j, pixel, vector)
+
+    def _index(self, i: int, j: int) -> tuple[object, ...]:
+        """Of one vector of the tile in the anchor's result."""
+        s, x = self.shape, self.x + i
+        _, _, _, width, _ = self.anchor.type.shape
+        y, x = (x // width, x % width) if s.out_width != width else (self.y, x)
+        return (self.n, self.channel + j, y, x, Lanes(0, s.block))

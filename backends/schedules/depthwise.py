@@ -1,0 +1,107 @@
+"""Depthwise convolution on blocked channels: NCHW{b}c in and out, weights OIHW1i{b}o, each channel on its own.
+
+A register tile is some columns of one channel block. Each input vector is loaded once for a kernel row and multiplied by all
+the taps that read it. Borders as in `conv`: no tap runs outside the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paring.backends.kernel import Kernel, Lanes, Scalar
+from paring.backends.schedules.conv import MACS_PER_NS, Shape, kernel_rows
+from paring.backends.schedules.tiles import (
+    Accumulators,
+    Run,
+    balanced,
+    dispatch,
+    finish,
+    runs,
+    takes_epilogue,
+    tile_count,
+    vector_registers,
+)
+from paring.backends.targets import Target
+from paring.ir import layout as lay
+from paring.ir.graph import Graph, Node
+from paring.ir.ops.conv import Conv2d
+
+
+@dataclass(frozen=True)
+class DepthwiseKnobs:
+    """At most `columns` vectors in a register tile."""
+
+    columns: int
+
+
+def find(body: Graph, target: Target) -> Node | None:
+    """The depthwise convolution of a region that this family runs, or None."""
+    anchors = [node for node in body.nodes() if isinstance(node.op, Conv2d)]
+    if len(anchors) != 1 or not takes_epilogue(body, anchors[0]):
+        return None
+    (node,) = anchors
+    op, b = node.op, target.block
+    assert isinstance(op, Conv2d)
+    layouts = lay.channel_block(op.layout), lay.channel_block(op.out_layout), lay.weight_blocks(op.weight_layout)
+    if node.type.dtype != "float32" or node.type.size == 0 or op.algorithm != "direct" or layouts != (b, b, (1, b)):
+        return None
+    blocks, inputs = node.inputs[1].type.shape[:2]
+    return node if inputs == 1 and op.groups == blocks * b else None
+
+
+def knobs(node: Node, target: Target) -> DepthwiseKnobs:
+    """The default settings: one kernel row of weights and one input stay in registers beside the tile."""
+    width = vector_registers(target, target.block)
+    taps = node.inputs[1].type.shape[3]
+    return DepthwiseKnobs(max((target.registers - 2) // width - taps, 4))
+
+
+def emit(kernel: Kernel, anchor: Node, knobs: DepthwiseKnobs) -> None:
+    """Write the loops of a region around that convolution."""
+    shape = Shape.of(anchor)
+    blocks = anchor.type.shape[1]
+    columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
+    macs = anchor.type.size * shape.kernel[0] * shape.kernel[1]
+    extents = (shape.images, blocks, shape.out_height, tile_count(columns))
+    with kernel.parallel(extents, macs // MACS_PER_NS) as (n, block, y, column):
+
+        def at_column(x: Scalar, tile: Run) -> None:
+            _tile(kernel, anchor, shape, (n, block, y, x), tile)
+
+        dispatch(kernel, column, columns, at_column)
+
+
+def _tile(kernel: Kernel, anchor: Node, shape: Shape, at: tuple[Scalar, ...], tile: Run) -> None:
+    """One register tile: `tile.width` columns from x of row y of one channel block; at = (n, block, y, x)."""
+    n, block, y, x = at
+    lanes = shape.block
+    sums = Accumulators(kernel, tile.width, 1, lanes)
+    bias = anchor.inputs[2:]
+    sums.start(0, kernel.value(bias[0], (Lanes(block * lanes, lanes),)) if bias else None)
+    low, high = kernel_rows(kernel, shape, y)
+    image, weight = (kernel.buffers[operand] for operand in anchor.inputs[:2])
+    with kernel.loop(high, start=low) as kh:
+        row = y * shape.stride[0] - shape.top + kh * shape.dilation[0]
+        plane = n * anchor.type.shape[1] + block
+        origin = kernel.bind(((plane * shape.height + row) * shape.width + x * shape.stride[1] - shape.left) * lanes)
+        first = kernel.bind((block * shape.kernel[0] + kh) * shape.kernel[1] * lanes)
+        taps = {
+            tap: kernel.bind(kernel.load(weight, Lanes(first + tap * lanes, lanes)))
+            for tap, reached in enumerate(tile.kind)
+            if reached
+        }
+        for column, uses in _uses(shape, tile).items():
+            pixel = kernel.bind(kernel.load(image, Lanes(origin + column * lanes, lanes)))
+            for i, tap in uses:
+                sums.add_product(i, 0, pixel, taps[tap])
+    for i in range(tile.width):
+        finish(kernel, anchor, (n, block, y, x + i, Lanes(0, lanes)), sums.value(i, 0))
+
+
+def _uses(shape: Shape, tile: Run) -> dict[int, list[tuple[int, int]]]:
+    """For each input column of a tile, counted from the first one that a tap could reach, the (output column, tap) pairs."""
+    uses: dict[int, list[tuple[int, int]]] = {}
+    for tap, reached in enumerate(tile.kind):
+        for i in reached:
+            uses.setdefault(i * shape.stride[1] + tap * shape.dilation[1], []).append((i, tap))
+    return dict(sorted(uses.items()))

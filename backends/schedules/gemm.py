@@ -1,0 +1,202 @@
+"""Matrix products: `Linear` with packed weights OI{b}o, and batched `Matmul` of two row-major operands.
+
+A register tile is some rows of x times some vectors of output columns; all of the reduction runs inside it. The columns of one
+tile are the outer loop, so their weights are read from memory once and stay in the cache for all rows. The last vector may be
+narrower than the others: it is computed in full where the weights are padded, and only its columns are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, unflatten
+from paring.backends.schedules.tiles import (
+    Accumulators,
+    Run,
+    balanced,
+    dispatch,
+    finish,
+    runs,
+    takes_epilogue,
+    tile_count,
+    vector_registers,
+)
+from paring.backends.targets import Target
+from paring.ir import layout as lay
+from paring.ir.graph import Graph, Node
+from paring.ir.ops.linear import Linear, Matmul
+
+
+@dataclass(frozen=True)
+class GemmKnobs:
+    """A register tile of at most `rows` x `vectors`, each sum in `steps` parts; `rows_outer`: all columns of a row tile first."""
+
+    rows: int
+    vectors: int
+    steps: int = 1
+    rows_outer: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one product: `batch` times (rows x depth) by (depth x columns), in vectors of `lanes` columns."""
+
+    batch: int
+    rows: int
+    depth: int
+    columns: int
+    lanes: int
+    packed: bool
+
+    @staticmethod
+    def of(node: Node, target: Target) -> Shape:
+        x, columns = node.inputs[0].type.shape, node.type.shape[-1]
+        if isinstance(node.op, Linear):
+            return Shape(1, prod(x[:-1]), x[-1], columns, target.block, True)
+        return Shape(prod(x[:-2]), x[-2], x[-1], columns, min(target.lanes, columns), False)
+
+    @property
+    def vectors(self) -> int:
+        return -(-self.columns // self.lanes)
+
+    def column_runs(self, most: int) -> tuple[Run, ...]:
+        """Tiles of at most `most` vectors; their kind is the number of columns of a narrower last vector, or 0."""
+        tail = self.columns % self.lanes
+        return runs(balanced(self.vectors, most), lambda start, width: tail if start + width == self.vectors else 0)
+
+
+def find(body: Graph, target: Target) -> Node | None:
+    """The matrix product of a region that this family runs, or None."""
+    anchors = [node for node in body.nodes() if isinstance(node.op, Linear | Matmul)]
+    if len(anchors) != 1 or not takes_epilogue(body, anchors[0]):
+        return None
+    (node,) = anchors
+    if node.type.dtype != "float32" or node.type.size == 0 or node.inputs[0].type.size == 0:
+        return None
+    if isinstance(node.op, Linear) and lay.linear_block(node.op.weight_layout) != target.block:
+        return None
+    return node
+
+
+def knobs(node: Node, target: Target) -> GemmKnobs:
+    """The default settings, from the target's registers and caches."""
+    shape = Shape.of(node, target)
+    spare = 4 if target.registers >= 32 else 3
+    registers = (target.registers - spare) // vector_registers(target, shape.lanes)
+    if shape.rows == 1:
+        return GemmKnobs(1, 4, max(registers // 8, 1))
+    vectors = min(2, shape.vectors)
+    return GemmKnobs(max(registers // vectors, 1), vectors)
+
+
+def emit(kernel: Kernel, anchor: Node, knobs: GemmKnobs) -> None:
+    """Write the loops of a region around that product."""
+    shape = Shape.of(anchor, kernel.target)
+    rows, columns = runs(balanced(shape.rows, knobs.rows)), shape.column_runs(knobs.vectors)
+    extents = (shape.batch, tile_count(columns), tile_count(rows))
+    order = (0, 2, 1) if knobs.rows_outer else (0, 1, 2)
+    macs = anchor.op.macs(anchor.type, *(operand.type for operand in anchor.inputs))
+    with kernel.parallel([extents[i] for i in order], macs // MACS_PER_NS) as turns:
+        batch, column, row = (turns[order.index(i)] for i in range(3))
+
+        def at_column(first: Scalar, vectors: Run) -> None:
+            def at_row(m: Scalar, tile: Run) -> None:
+                _Tile(kernel, anchor, shape, knobs.steps, batch, first, vectors, m, tile.width).emit()
+
+            dispatch(kernel, row, rows, at_row)
+
+        dispatch(kernel, column, columns, at_column)
+
+
+# Of one core, about: it only decides whether a kernel is worth several threads.
+MACS_PER_NS = 40
+
+
+@dataclass
+class _Tile:
+    """One register tile: `height` rows from m, `vectors.width` vectors of columns from number `first`."""
+
+    kernel: Kernel
+    anchor: Node
+    shape: Shape
+    steps: int
+    batch: Scalar
+    first: Scalar
+    vectors: Run
+    m: Scalar
+    height: int
+
+    def emit(self) -> None:
+        k, s = self.kernel, self.shape
+        self.sums = Accumulators(k, self.height * self.steps, self.vectors.width, s.lanes)
+        for j in range(self.vectors.width):
+            self.sums.start(j, zero_from=self.height, value=self._bias(j))
+        self.row = k.bind(self.batch * s.rows + self.m)
+        self._reduce()
+        leading = self.anchor.type.shape[:-1]
+        for i in range(self.height):
+            at = unflatten(self.m + i, leading) if s.packed else (*unflatten(self.batch, leading[:-1]), self.m + i)
+            for j in range(self.vectors.width):
+                finish(k, self.anchor, (*at, Lanes(self._column(j), self._width(j))), self._total(i, j))
+
+    def _column(self, j: int) -> Scalar:
+        return (self.first + j) * self.shape.lanes
+
+    def _width(self, j: int) -> int:
+        """Columns of vector j that are stored."""
+        return self.vectors.kind or self.shape.lanes if j == self.vectors.width - 1 else self.shape.lanes
+
+    def _bias(self, j: int) -> Value | None:
+        k, lanes, width = self.kernel, self.shape.lanes, self._width(j)
+        if len(self.anchor.inputs) < 3:
+            return None
+        bias = k.value(self.anchor.inputs[2], (Lanes(self._column(j), width),))
+        if width == lanes:
+            return bias
+        whole = k.local(lanes, "float32")
+        k.store(whole, Lanes(0, lanes), constant(0, "float32", lanes))
+        k.store(whole, Lanes(0, width), bias)
+        return k.load(whole, Lanes(0, lanes))
+
+    def _reduce(self) -> None:
+        """Add the products along the whole depth, `steps` at a time."""
+        whole, rest = divmod(self.shape.depth, self.steps)
+        if whole:
+            with self.kernel.loop(whole) as turn:
+                for step in range(self.steps):
+                    self._add(turn * self.steps + step, step)
+        for step in range(rest):
+            with self.kernel.scope():
+                self._add(whole * self.steps + step, step)
+
+    def _add(self, position: Scalar, step: int) -> None:
+        """The products of one position of the depth."""
+        k, s = self.kernel, self.shape
+        x, w = (k.buffers[operand] for operand in self.anchor.inputs[:2])
+        weights = [k.bind(k.load(w, self._weights(j, position))) for j in range(self.vectors.width)]
+        for i in range(self.height):
+            scalar = k.load(x, self.row * s.depth + i * s.depth + position)
+            for j, weight in enumerate(weights):
+                self.sums.add_product(step * self.height + i, j, scalar, weight)
+
+    def _weights(self, j: int, position: Scalar) -> Lanes:
+        s = self.shape
+        if s.packed:
+            return Lanes(((self.first + j) * s.depth + position) * s.lanes, s.lanes)
+        # A narrower last vector is read from further left: nothing lies behind the last row.
+        column = self._column(j) - (s.lanes - self._width(j))
+        return Lanes((self.batch * s.depth + position) * s.columns + column, s.lanes)
+
+    def _total(self, i: int, j: int) -> Value:
+        """The sum of row i, vector j: the columns to be stored."""
+        k, lanes, width = self.kernel, self.shape.lanes, self._width(j)
+        total = self.sums.value(i, j)
+        for step in range(1, self.steps):
+            total = total + self.sums.value(step * self.height + i, j)
+        if width == lanes:
+            return total
+        # A copy of its own: reading parts of the accumulator would keep it in memory all along the reduction.
+        whole = k.local(lanes, "float32")
+        k.store(whole, Lanes(0, lanes), total)
+        return k.load(whole, Lanes(0 if self.shape.packed else lanes - width, width))

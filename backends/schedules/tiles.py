@@ -1,0 +1,121 @@
+"""What the schedules of convolutions and matrix products share: register tiles, splitting into tiles, epilogues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, splat
+from paring.backends.targets import Target
+from paring.ir.graph import Graph, Node
+from paring.ir.ops.binary import Binary, Where
+from paring.ir.ops.core import Const
+from paring.ir.ops.shape import Broadcast
+from paring.ir.ops.unary import Unary
+
+ELEMENTWISE = (Unary, Binary, Where)
+
+
+def takes_epilogue(body: Graph, anchor: Node) -> bool:
+    """Whether the body is the anchor on inputs of the body, followed by elementwise ops of the anchor's shape."""
+    inputs = set(body.inputs)
+    if len(body.outputs) != 1 or any(operand not in inputs for operand in anchor.inputs):
+        return False
+    behind = {anchor}
+    for node in body.nodes():
+        if node is anchor or node in inputs:
+            continue
+        if behind.isdisjoint(node.inputs):
+            if not isinstance(node.op, (*ELEMENTWISE, Broadcast, Const)):
+                return False
+        elif isinstance(node.op, ELEMENTWISE) and node.type.shape == anchor.type.shape:
+            behind.add(node)
+        else:
+            return False
+    return body.outputs[0] in behind
+
+
+def finish(kernel: Kernel, anchor: Node, index: Index, value: Value) -> None:
+    """Run the region's epilogue on one vector of the anchor's result and write it."""
+    with kernel.scope():
+        kernel.anchors[anchor] = lambda _: value
+        kernel.finish(index)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` neighbouring tiles of one width and one kind, from position `start`."""
+
+    start: int
+    width: int
+    count: int
+    kind: Any = None
+
+
+def balanced(total: int, most: int) -> list[int]:
+    """Widths of at most `most` that sum to `total` and differ by one at most, wide ones first."""
+    parts = -(-total // most)
+    narrow, extra = divmod(total, parts)
+    return [narrow + 1] * extra + [narrow] * (parts - extra)
+
+
+def runs(widths: Sequence[int], kind: Callable[[int, int], Any] = lambda start, width: None) -> tuple[Run, ...]:
+    """Tiles laid side by side, those alike grouped; `kind(start, width)` tells apart tiles that need their own code."""
+    tiles, start = [], 0
+    for width in widths:
+        tiles.append((start, width, kind(start, width)))
+        start += width
+    grouped = [list(group) for _, group in groupby(tiles, key=lambda tile: tile[1:])]
+    return tuple(Run(group[0][0], group[0][1], len(group), group[0][2]) for group in grouped)
+
+
+def tile_count(parts: Sequence[Run]) -> int:
+    return sum(run.count for run in parts)
+
+
+def dispatch(kernel: Kernel, position: Scalar, parts: Sequence[Run], emit: Callable[[Scalar, Run], None]) -> None:
+    """Code for each run, of which the one that tile number `position` lies in is executed: `emit(start of the tile, run)`."""
+    run, *rest = parts
+    if not rest:
+        with kernel.scope():
+            emit(position * run.width + run.start, run)
+        return
+    with T.If(position < run.count):
+        with T.Then(), kernel.scope():
+            emit(position * run.width + run.start, run)
+        with T.Else():
+            dispatch(kernel, position - run.count, rest, emit)
+
+
+class Accumulators:
+    """rows x vectors sums of `lanes` elements each, held in registers."""
+
+    def __init__(self, kernel: Kernel, rows: int, vectors: int, lanes: int, dtype: str = "float32") -> None:
+        self.kernel, self.lanes, self.dtype = kernel, lanes, dtype
+        # One buffer for each: TVM takes larger ones from the heap.
+        self.registers = [[kernel.local(lanes, dtype) for _ in range(vectors)] for _ in range(rows)]
+
+    def start(self, vector: int, value: Value | None = None, zero_from: int | None = None) -> None:
+        """Set the rows of one vector: to the value, or to zero where none is given and from row `zero_from` on."""
+        zero = constant(0, self.dtype, self.lanes)
+        value = zero if value is None else self.kernel.bind(value)
+        for number, row in enumerate(self.registers):
+            first = zero_from is None or number < zero_from
+            self.kernel.store(row[vector], Lanes(0, self.lanes), value if first else zero)
+
+    def add_product(self, row: int, vector: int, x: Value, weight: Value) -> None:
+        """x is a scalar or a vector."""
+        old = self.value(row, vector)
+        self.kernel.store(self.registers[row][vector], Lanes(0, self.lanes), old + splat(x, self.lanes) * weight)
+
+    def value(self, row: int, vector: int) -> Value:
+        return self.kernel.load(self.registers[row][vector], Lanes(0, self.lanes))
+
+
+def vector_registers(target: Target, elements: int) -> int:
+    """Registers that one vector of float32 takes."""
+    return -(-elements // target.lanes)

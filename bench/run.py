@@ -1,0 +1,286 @@
+"""Time models in several systems, in interleaved rounds, and show them side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import monotonic
+from typing import NotRequired, TypedDict
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from paring.bench.models import MODELS, suite_models
+from paring.bench.peers import PEERS
+from paring.bench.protocol import Child, ChildError
+
+SYSTEMS = ("paring", "eager", "inductor", "ort", "openvino")
+
+
+class Record(TypedDict):
+    """One model in one system. The times are None where it failed, and then `error` says why."""
+
+    model: str
+    suite: str
+    precision: str
+    system: str
+    threads: int
+    median_ms: float | None
+    min_ms: float | None
+    rounds: int
+    error: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long everything may take."""
+
+    threads: int = 2
+    rounds: int = 5
+    seconds: float = 1.0
+    prepare_s: float = 900.0
+    round_s: float = 120.0
+    patience_s: float = 5.0
+
+    def environment(self) -> dict[str, str]:
+        """Pools that size themselves at import are told here; nothing may be downloaded, or compiled in more processes."""
+        count = str(self.threads)
+        return {
+            "OMP_NUM_THREADS": count,
+            "MKL_NUM_THREADS": count,
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+
+
+def run_bench(
+    suite: str | None = None,
+    models: Sequence[str] = (),
+    systems: Sequence[str] = SYSTEMS,
+    threads: int = 2,
+    rounds: int = 5,
+    json_path: str | os.PathLike[str] | None = None,
+    *,
+    seconds: float = 1.0,
+    prepare_s: float = 900.0,
+    small: bool = False,
+    console: Console | None = None,
+) -> list[Record]:
+    """Time `models`, or those of `suite`, in each of `systems`; `json_path` is brought up to date after each model."""
+    names = tuple(models) or suite_models(suite or "cnn")
+    _known("model", names, MODELS)
+    _known("system", systems, PEERS)
+    protocol = Protocol(threads=threads, rounds=rounds, seconds=seconds, prepare_s=prepare_s)
+    console = console or Console(stderr=True)
+    records: list[Record] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        run = _Run(protocol, progress, len(names) * len(systems) * (rounds + 1))
+        for name in names:
+            records += run.model(name, systems, small)
+            if json_path is not None:
+                save(records, Path(json_path))
+    if run.busy:
+        console.print(f"{run.busy} rounds began on a busy machine: trust min_ms more than median_ms", style="yellow")
+    return records
+
+
+class _Run:
+    """The systems of one model side by side: all prepared, one awake at a time, in rounds ABC ABC ABC."""
+
+    def __init__(self, protocol: Protocol, progress: Progress, steps: int) -> None:
+        self.protocol, self.progress = protocol, progress
+        self.task = progress.add_task("", total=steps)
+        self.busy = 0
+
+    def model(self, name: str, systems: Sequence[str], small: bool) -> list[Record]:
+        protocol = self.protocol
+        times: dict[str, list[list[float]]] = {system: [] for system in systems}
+        errors: dict[str, str] = {}
+        with ExitStack() as stack:
+            children: dict[str, Child] = {}
+            for system in systems:
+                self._step(f"{name}: preparing {system}")
+                arguments = ["--model", name, "--system", system, "--threads", str(protocol.threads)]
+                child = Child("paring.bench.worker", arguments, protocol.environment())
+                children[system] = stack.enter_context(child)
+                self._ask(children, errors, system, "prepare", protocol.prepare_s, small=small)
+            for number in range(protocol.rounds):
+                for system in systems:
+                    self._step(f"{name}: round {number + 1}, {system}")
+                    if system in errors:
+                        continue
+                    self.busy += not quiet(protocol.patience_s)
+                    found = self._ask(children, errors, system, "round", protocol.round_s, seconds=protocol.seconds)
+                    if found:
+                        times[system].append(found)
+        return [self._record(name, system, times[system], errors.get(system)) for system in systems]
+
+    def _ask(
+        self,
+        children: dict[str, Child],
+        errors: dict[str, str],
+        system: str,
+        do: str,
+        deadline_s: float,
+        **details: object,
+    ) -> list[float]:
+        """Wake one child for one command; one that fails is ended and its reason kept."""
+        child = children[system]
+        child.resume()
+        try:
+            found: list[float] = child.ask(do, deadline_s, **details).get("times_ms", [])
+        except ChildError as error:
+            errors[system] = str(error)
+            child.close()
+            return []
+        child.pause()
+        return found
+
+    def _step(self, description: str) -> None:
+        done = self.progress.tasks[0].description != ""
+        self.progress.update(self.task, description=description, advance=1 if done else 0)
+
+    def _record(self, name: str, system: str, times: list[list[float]], error: str | None) -> Record:
+        complete = error is None
+        record: Record = {
+            "model": name,
+            "suite": MODELS[name].suite,
+            "precision": PEERS[system].precision,
+            "system": system,
+            "threads": self.protocol.threads,
+            "median_ms": median(median(each) for each in times) if complete else None,
+            "min_ms": min(min(each) for each in times) if complete else None,
+            "rounds": len(times),
+        }
+        if error is not None:
+            record["error"] = error
+        return record
+
+
+def quiet(patience_s: float, limit_percent: float = 20.0) -> bool:
+    """Wait until others leave the machine alone; False when they never do. All our workers are stopped meanwhile."""
+    stop = monotonic() + patience_s
+    while psutil.cpu_percent(interval=0.1) > limit_percent:
+        if monotonic() > stop:
+            return False
+    return True
+
+
+def save(records: Sequence[Record], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(records, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def table(records: Sequence[Record]) -> Table:
+    """A row per model, a column per system (median, minimum in brackets), and the fastest peer's median over ours."""
+    systems = list(dict.fromkeys(record["system"] for record in records))
+    shown = Table(title="median (min) ms", caption_justify="left", caption_style="")
+    shown.add_column("model")
+    for system in systems:
+        shown.add_column(system, justify="right")
+    shown.add_column("fastest peer")
+    shown.add_column("peer / paring", justify="right")
+    ratios: list[float] = []
+    for name in dict.fromkeys(record["model"] for record in records):
+        row = {record["system"]: record for record in records if record["model"] == name}
+        best, ratio = compare(row.values())
+        ratios += [ratio] if ratio is not None else []
+        cells = [_cell(row.get(system)) for system in systems]
+        shown.add_row(name, *cells, best or "-", _ratio(ratio))
+    if len(ratios) > 1:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        shown.add_section()
+        shown.add_row("geometric mean", *[""] * (len(systems) + 1), _ratio(mean))
+    failures = [f"{r['model']}, {r['system']}: {r['error']}" for r in records if "error" in r]
+    if failures:
+        shown.caption = Text("\n".join(failures), style="red")
+    return shown
+
+
+def compare(row: Iterable[Record]) -> tuple[str | None, float | None]:
+    """The fastest peer, and its median over paring's: above 1, paring is faster."""
+    medians = {record["system"]: record["median_ms"] for record in row}
+    ours = medians.pop("paring", None)
+    peers = {system: time for system, time in medians.items() if time is not None}
+    best = min(peers, key=lambda system: peers[system]) if peers else None
+    return best, peers[best] / ours if best is not None and ours is not None else None
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return ""
+    if record["median_ms"] is None or record["min_ms"] is None:
+        return "failed"
+    return f"{record['median_ms']:.2f} ({record['min_ms']:.2f})"
+
+
+def _ratio(ratio: float | None) -> Text:
+    return Text("-") if ratio is None else Text(f"{ratio:.2f}x", style="green" if ratio >= 1 else "red")
+
+
+def _known(kind: str, names: Sequence[str], there: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise KeyError(f"no {kind} {unknown[0]!r}; there are: {', '.join(there)}")
+
+
+def host() -> str:
+    """The processor's name and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {psutil.cpu_count(logical=False)} cores, {platform.system()}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="paring bench", description=__doc__)
+    parser.add_argument("--suite", default="cnn", help="cnn, transformer or coverage")
+    parser.add_argument("--models", default="", help="names, comma-separated, instead of a suite")
+    parser.add_argument("--peers", default=",".join(SYSTEMS[1:]), help="systems, comma-separated")
+    parser.add_argument("--against", help="one system to compare with, instead of --peers")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a round")
+    parser.add_argument("--small", action="store_true", help="the small inputs of the tests: quick, and no benchmark")
+    parser.add_argument("--json", help="write the records to this file")
+    given = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(given)
+    peers = [name for name in (options.against or options.peers).split(",") if name]
+    records = run_bench(
+        options.suite,
+        [name for name in options.models.split(",") if name],
+        ["paring", *(name for name in peers if name != "paring")],
+        options.threads,
+        options.rounds,
+        options.json,
+        seconds=options.seconds,
+        small=options.small,
+    )
+    console = Console()
+    console.print(table(records))
+    console.print(f"{host()}; {options.threads} threads", f"paring bench {shlex.join(given)}", sep="\n", markup=False)
+    return 1 if all("error" in record for record in records) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

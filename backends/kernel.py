@@ -22,6 +22,7 @@ from paring.backends.targets import Target
 from paring.ir.errors import InternalError
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.core import Const
+from paring.ir.ops.shape import Transpose
 
 Value = Any  # a TVM expression, scalar or vector
 Scalar = Any  # a TVM expression of one lane, or an int
@@ -130,7 +131,9 @@ class Kernel:
         self.store(self.result, flatten(index, self.output.type.shape), value)
 
     def finish(self, index: Index) -> None:
-        """Compute the region's result at an index, from whatever anchors are bound, and write it."""
+        """Compute the region's result where an anchor's index ends up, from whatever anchors are bound, and write it."""
+        if isinstance(self.output.op, Transpose) and self.output.inputs[0] in self.anchors:
+            index = tuple(index[d] for d in self.output.op.perm)
         self.store_output(index, self.value(self.output, index))
 
     def value(self, node: Node, index: Index) -> Value:
@@ -163,6 +166,8 @@ class Kernel:
 
         TVM's analyzer refuses bound vectors, so these go through a local buffer, which LLVM turns back into a register.
         """
+        if isinstance(value, int):
+            return value
         if not is_vector(value):
             return T.bind(value)
         lanes = value.ty.dtype.lanes

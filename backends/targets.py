@@ -16,8 +16,8 @@ class Target:
     """What the schedules, the passes' options and the linker need to know of a machine.
 
     `lanes`: float32 elements of a vector register. `registers`: vector registers. `l1`, `l2`: data caches of one core, bytes.
-    `block`: channels of a blocked layout. `needs`: CPU flags that the running host must have. `device`: where its code runs
-    when nothing else is said: "host", "emulator", or "" (nowhere: build and save only). `linker`: the cross compiler, with
+    `block`: channels of a blocked layout. `needs`: CPU flags that the running host must have. `device`: "host" where
+    this machine runs its code, "" where a device must be given. `linker`: the cross compiler, with
     the Debian package that has it; empty for the host's own.
     """
 
@@ -74,7 +74,7 @@ TARGETS: dict[str, Target] = {
             registers=32,
             block=8,
             l1=64 * 1024,
-            device="emulator",
+            device="",
             linker="aarch64-linux-gnu-g++",
             linker_package="g++-aarch64-linux-gnu",
         ),

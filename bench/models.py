@@ -61,7 +61,7 @@ VOCABULARY = 8192
 
 
 def enliven(module: torch.nn.Module) -> None:
-    """Spread every parameter that starts as one constant: zeroed heads and 1e-6 layer scales would hide wrong results."""
+    """Spread every parameter that starts as one constant: zeroed heads and 1e-6 layer scales would hide errors."""
     import torch
 
     with torch.no_grad():
@@ -78,14 +78,16 @@ def enliven(module: torch.nn.Module) -> None:
 
 
 def settle_batch_norms(module: torch.nn.Module, images: torch.Tensor) -> None:
-    """Give each batch norm running statistics near, not at, those of its input: mean off by N(0, 0.1) of a deviation,
-    variance by a factor U(0.5, 1.5). Statistics drawn blindly make Inception reach 1e11 and MobileNetV2 ignore its input.
+    """Give each batch norm statistics near, not at, those of its input: the mean off by N(0, 0.1) of a deviation, the
+    variance by a factor U(0.5, 1.5). Drawn blindly, they make Inception reach 1e11 and MobileNetV2 ignore its input.
     """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
     def settle(norm: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+        assert isinstance(norm, _BatchNorm)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         variance, mean = torch.var_mean(arguments[0], dim=(0, 2, 3), correction=0)
         variance = variance.clamp_min(1e-3)
         norm.running_mean.copy_(mean + variance.sqrt() * torch.randn_like(mean) * 0.1)

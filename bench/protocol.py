@@ -12,9 +12,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from time import monotonic
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 Message = dict[str, Any]
 LIMIT = 400  # characters of a reason shown to the reader; the whole is in the child's stderr
@@ -39,7 +40,7 @@ class Child:
             start_new_session=True,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Child:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -72,23 +73,17 @@ class Child:
     def close(self) -> None:
         """End the whole session of the child; a stopped process dies of SIGKILL too."""
         self._signal(signal.SIGKILL)
-        try:
+        with suppress(subprocess.TimeoutExpired):  # stuck in the kernel: it dies when that call ends
             self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            pass  # stuck in the kernel: it dies when that call ends
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None and not stream.closed:
-                try:
+                with suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.returncode is None:  # once reaped, its number may belong to someone else
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                pass
 
     def _line(self, do: str, deadline_s: float) -> bytes:
         assert self._process.stdout is not None

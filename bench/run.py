@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import monotonic
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 import psutil
 from rich.console import Console
@@ -30,7 +30,11 @@ from paring.bench.protocol import Child, ChildError
 SYSTEMS = ("paring", "eager", "inductor", "ort", "openvino")
 
 
-class Record(TypedDict):
+class _Failure(TypedDict, total=False):
+    error: str
+
+
+class Record(_Failure):
     """One model in one system. The times are None where it failed, and then `error` says why."""
 
     model: str
@@ -41,7 +45,6 @@ class Record(TypedDict):
     median_ms: float | None
     min_ms: float | None
     rounds: int
-    error: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Protocol:
     patience_s: float = 5.0
 
     def environment(self) -> dict[str, str]:
-        """Pools that size themselves at import are told here; nothing may be downloaded, or compiled in more processes."""
+        """Pools size themselves at import, so they are told here; nothing is downloaded or compiled on the side."""
         count = str(self.threads)
         return {
             "OMP_NUM_THREADS": count,

@@ -86,6 +86,74 @@ def merge_slices(m: Match) -> Node | None:
     return m.make(shape.Slice(starts, stops, steps), m["x"])
 
 
+def slice_of_transpose(m: Match) -> Node | None:
+    """slice(transpose(x)) -> transpose(slice(x))"""
+    cut, perm = m.root.op, m["transpose"].op.perm if isinstance(m["transpose"].op, shape.Transpose) else ()
+    assert isinstance(cut, shape.Slice)
+    back = sorted(range(len(perm)), key=perm.__getitem__)
+    moved = (tuple(values[d] for d in back) for values in (cut.starts, cut.stops, cut.steps))
+    return m.make(m["transpose"].op, m.make(shape.Slice(*moved), m["x"]))
+
+
+def slice_of_reshape(m: Match) -> Node | None:
+    """slice(reshape(x)) of one range of whole rows -> reshape(slice(x)), where a dimension of x was split there"""
+    cut, x, whole = m.root.op, m["x"], m["reshape"].type.shape
+    assert isinstance(cut, shape.Slice)
+    changed = [d for d in range(len(whole)) if (cut.starts[d], cut.stops[d]) != (0, whole[d])]
+    if len(changed) != 1 or any(s != 1 for s in cut.steps):
+        return m.decline("more than one dimension is cut, or in steps")
+    (d,) = changed
+    inner = math.prod(whole[d + 1 :])
+    for axis, size in enumerate(x.type.shape):
+        after = math.prod(x.type.shape[axis + 1 :])
+        # Dimension d of the reshaped tensor counts runs of `unit` elements of this dimension of x.
+        if after and inner % after == 0 and size * after == inner * whole[d]:
+            unit = inner // after
+            starts = tuple(cut.starts[d] * unit if a == axis else 0 for a in range(x.type.rank))
+            stops = tuple(cut.stops[d] * unit if a == axis else s for a, s in enumerate(x.type.shape))
+            part = m.make(shape.Slice(starts, stops, (1,) * x.type.rank), x)
+            return m.make(shape.Reshape(m.root.type.shape), part)
+    return m.decline("the dimension that is cut is not the first part of one dimension of x")
+
+
+def slice_of_linear(m: Match) -> Node | None:
+    """slice(linear(x, w, b)) of some outputs -> linear(x, those rows of w and b), where the slices share it out"""
+    cut, layer = m.root.op, m["layer"]
+    assert isinstance(cut, shape.Slice)
+    last, rank = layer.type.shape[-1], layer.type.rank
+    size = m.root.type.shape[-1]
+    whole = all(
+        (a, b, s) == (0, n, 1)
+        for a, b, s, n in zip(cut.starts[:-1], cut.stops[:-1], cut.steps[:-1], layer.type.shape, strict=False)
+    )
+    if not whole or cut.steps[rank - 1] != 1 or size == 0:
+        return m.decline("the slice cuts more than outputs")
+    if m.uses[layer] * size != last:
+        return m.decline("the slices do not share out the outputs, so some would be computed twice")
+    rows = (cut.starts[-1], cut.stops[-1])
+    weight, *bias = layer.inputs[1:]
+    part = m.make(shape.Slice((rows[0], 0), (rows[1], weight.type.shape[1]), (1, 1)), weight, loc=weight.loc)
+    biases = [m.make(shape.Slice(rows[:1], rows[1:], (1,)), b, loc=b.loc) for b in bias]
+    return m.make(layer.op, layer.inputs[0], part, *biases, loc=layer.loc)
+
+
+def reshape_of_transpose(m: Match) -> Node | None:
+    """reshape(transpose(x)) that only drops dimensions of size 1 -> transpose(reshape(x))"""
+    turn, x, result = m["transpose"].op, m["x"], m.root.type.shape
+    assert isinstance(turn, shape.Transpose)
+    kept: list[int] = []
+    for d in turn.perm:
+        if len(kept) < len(result) and x.type.shape[d] == result[len(kept)]:
+            kept.append(d)
+        elif x.type.shape[d] != 1:
+            return None
+    if len(kept) != len(result) or len(kept) == x.type.rank:
+        return None
+    order = sorted(kept)
+    squeezed = m.make(shape.Reshape(tuple(x.type.shape[d] for d in order)), x)
+    return m.make(shape.Transpose(tuple(order.index(d) for d in kept)), squeezed)
+
+
 def clamp_to_relu(m: Match) -> Node | None:
     """clamp(x, 0, inf) -> relu(x)"""
     low, high = _range(m.root)
@@ -178,6 +246,10 @@ RULES: tuple[Rule, ...] = (
     Rule(op(shape.Transpose, X), transpose_to_reshape, Exact()),
     Rule(op(shape.LayoutTransform, X), layout_to_reshape, Exact()),
     Rule(op(shape.Broadcast, X), broadcast_to_reshape, Exact()),
+    Rule(op(shape.Slice, op(shape.Transpose, X, name="transpose")), slice_of_transpose, Exact()),
+    Rule(op(shape.Slice, op(shape.Reshape, X, name="reshape")), slice_of_reshape, Exact()),
+    Rule(op(shape.Slice, op(linear.Linear, name="layer", where=lambda n: n.op == linear.Linear())), slice_of_linear, Exact()),
+    Rule(op(shape.Reshape, op(shape.Transpose, X, name="transpose")), reshape_of_transpose, Exact()),
     Rule(op(unary.Clamp, X), clamp_to_relu, Exact()),
     Rule(op((unary.Clamp, unary.Relu), op((unary.Clamp, unary.Relu), X, name="inner")), merge_clamps, Exact()),
     Rule(op(unary.Neg, op(unary.Neg, X)), double_negation, Exact()),

@@ -34,12 +34,12 @@ LIGHT: tuple[type[Op], ...] = (
 ALONE: tuple[type[Op], ...] = (pool.Pool2d, pool.AdaptiveAvgPool2d)
 # Operands of these may be read through movements, so that splitting and merging heads costs nothing.
 THROUGH_MOVES: tuple[type[Op], ...] = (attention.ScaledDotProductAttention,)
+# Kernels that can write their result transposed.
+WRITES_TRANSPOSED: tuple[type[Op], ...] = (attention.ScaledDotProductAttention,)
 ANCHORS = (*HEAVY, *LIGHT, *ALONE, *THROUGH_MOVES)
 
 # Past this many nodes a kernel's registers spill, and the expression trees grow deep.
 MAX_NODES = 24
-# A value computed by more than this many elementwise nodes is not computed again for each reader of an overlapping read.
-MAX_INLINE_ELEMENTS = 1
 
 
 @dataclass
@@ -101,22 +101,30 @@ class Fuse(Pass):
             return "a concat copies its operands"
         if isinstance(node.op, ANCHORS):
             return _refuses_anchor(group, node)
-        before_anchor = group.anchor is not None and _reaches(group, node, readers)
-        if isinstance(node.op, shape.Broadcast):
-            return (
-                ""
-                if not before_anchor or isinstance(group.anchor.op if group.anchor else None, LIGHT)
-                else "read by a heavy kernel"
-            )
-        if isinstance(node.op, MOVEMENT):
-            return _refuses_movement(group, before_anchor)
-        if not isinstance(node.op, ELEMENTWISE):
+        if not isinstance(node.op, (*ELEMENTWISE, *MOVEMENT, shape.Broadcast)):
             return f"{node.op.name} is a kernel of its own"
-        if before_anchor and not isinstance(group.anchor.op if group.anchor else None, LIGHT):
-            return "its reader reads each element many times"
-        if any(_expands(reader) for reader in readers):
-            return "a broadcast would compute it again for each copy"
-        return ""
+        if group.anchor is not None and _reaches(group, node, readers):
+            return _refuses_prologue(group.anchor, node, readers)
+        if isinstance(node.op, MOVEMENT) and group.anchor is not None:
+            return "only what lies between its reader's kernel and the result can be computed there"
+        return _refuses_recomputing(node, readers)
+
+
+def _refuses_prologue(anchor: Node, node: Node, readers: list[Node]) -> str:
+    """Why a node may not be computed where the anchor reads it."""
+    if isinstance(anchor.op, THROUGH_MOVES):
+        allowed: tuple[type[Op], ...] = (*MOVEMENT, shape.Broadcast)
+    else:
+        allowed = (*ELEMENTWISE, shape.Broadcast) if isinstance(anchor.op, LIGHT) else ()
+    if not isinstance(node.op, allowed):
+        return f"{anchor.op.name} wants this operand in memory"
+    return _refuses_recomputing(node, readers)
+
+
+def _refuses_recomputing(node: Node, readers: list[Node]) -> str:
+    if isinstance(node.op, ELEMENTWISE) and any(_expands(reader) for reader in readers):
+        return "a broadcast would compute it again for each copy"
+    return ""
 
 
 def computes(node: Node) -> bool:
@@ -125,9 +133,13 @@ def computes(node: Node) -> bool:
 
 
 def _refuses_anchor(group: _Group, node: Node) -> str:
+    """Why an anchor may not become that of a group of nodes behind it: they are elementwise, or transpose its result."""
     if group.anchor is not None:
         return "the region has an anchor already"
-    moved = [n for n in group.nodes if not isinstance(n.op, (*ELEMENTWISE, shape.Broadcast))]
+    others = (*ELEMENTWISE, shape.Broadcast)
+    moved = [n for n in group.nodes if not isinstance(n.op, others)]
+    if moved == [group.root] and isinstance(group.root.op, shape.Transpose) and isinstance(node.op, WRITES_TRANSPOSED):
+        return "" if group.root.inputs == (node,) else "its result is not transposed at once"
     if moved:
         return f"its result would be read through a {moved[0].op.name}"
     if node.type.shape != group.root.type.shape or any(_expands(n) and node in n.inputs for n in group.nodes):
@@ -135,17 +147,9 @@ def _refuses_anchor(group: _Group, node: Node) -> str:
     return ""
 
 
-def _refuses_movement(group: _Group, before_anchor: bool) -> str:
-    if group.anchor is None:
-        return ""
-    if isinstance(group.anchor.op, THROUGH_MOVES) and before_anchor:
-        return ""
-    return "its reader wants its operand in order"
-
-
 def _expands(node: Node) -> bool:
     """Whether a node reads its operand more than once for an element."""
-    return isinstance(node.op, shape.Broadcast) and node.type.size > MAX_INLINE_ELEMENTS * node.inputs[0].type.size
+    return isinstance(node.op, shape.Broadcast) and node.type.size > node.inputs[0].type.size
 
 
 def _reaches(group: _Group, node: Node, readers: list[Node]) -> bool:

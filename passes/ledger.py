@@ -105,7 +105,8 @@ class Ledger:
 
     def __str__(self) -> str:
         lines = [
-            f"{'':>3} {'pass':<28} {'contract':<10} {'fired':>5} {'nodes':>6} {'MMACs':>9} {'param KiB':>10} {'peak KiB':>9} {'ms':>8}"
+            f"{'':>3} {'pass':<28} {'contract':<10} {'fired':>5} {'nodes':>6} {'MMACs':>9} "
+            f"{'param KiB':>10} {'peak KiB':>9} {'ms':>8}"
         ]
         for e in self.entries:
             a = e.after

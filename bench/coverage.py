@@ -1,0 +1,238 @@
+"""Which real models come out right: compiled in one process, saved, loaded in another, held against float64 torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from paring.bench.models import MODELS, suite_models
+from paring.bench.protocol import Child, ChildError, Message, serve
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Arrays = list[np.ndarray[Any, Any]]
+
+ALLOWED = 3.0  # times the error that float32 torch makes itself
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model. `ratio` is Paring's error over torch's, both against float64; None where it did not get so far."""
+
+    model: str
+    nodes: int | None = None
+    compile_s: float | None = None
+    ratio: float | None = None
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error and self.ratio is not None and self.ratio <= ALLOWED
+
+
+def run_coverage(
+    models: Sequence[str] = (),
+    threads: int = 2,
+    json_path: str | None = None,
+    *,
+    full: bool = False,
+    deadline_s: float = 600.0,
+    console: Console | None = None,
+) -> list[Result]:
+    """Try `models`, or all of them, at their small sizes unless `full`; nothing is hidden and nothing waits for ever."""
+    names = tuple(models) or suite_models("coverage")
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise KeyError(f"no model {unknown[0]!r}; there are: {', '.join(MODELS)}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results: list[Result] = []
+    with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(task, description=name)
+            results.append(check(name, threads, full, deadline_s))
+            progress.advance(task)
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps([{**vars(result), "ok": result.ok} for result in results], indent=1) + "\n")
+    return results
+
+
+def check(name: str, threads: int, full: bool, deadline_s: float) -> Result:
+    """One model through its two processes; they share nothing but a folder."""
+    found: Message = {}
+    with tempfile.TemporaryDirectory(prefix="paring-coverage-") as folder:
+        try:
+            for do in ("compile", "compare"):
+                arguments = ["--child", "--folder", folder, "--threads", str(threads)]
+                with Child("paring.bench.coverage", arguments, {"HF_HUB_OFFLINE": "1"}) as child:
+                    found |= child.ask(do, deadline_s, **({"name": name, "full": full} if do == "compile" else {}))
+        except ChildError as error:
+            found["error"] = f"{do}: {error}"
+    return Result(name, **found)
+
+
+class _Process:
+    """The two commands of a child, each in a process of its own."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder, self.threads = folder, threads
+
+    def compile(self, name: str, full: bool) -> Message:
+        """Compile and save; leave the inputs, torch's answers and our own beside the artifact."""
+        import paring
+        import torch
+        from torch.utils._pytree import tree_structure
+
+        torch.set_num_threads(self.threads)
+        product: Any = paring
+        model, inputs = MODELS[name].build(small=not full)
+        start = perf_counter()
+        net = product.compile(model, inputs, target="native")
+        seconds = perf_counter() - start
+        net.save(str(self.folder / "net.paring"))
+        ours = net(*inputs)
+        with torch.no_grad():
+            single = model(*inputs)
+        if tree_structure(ours) != tree_structure(single):
+            raise TypeError(f"the result's structure changed: {tree_structure(ours)} for {tree_structure(single)}")
+        self._keep("inputs", list(inputs))
+        self._keep("ours", _leaves(ours))
+        self._keep("single", _leaves(single))
+        self._keep("double", _leaves(in_float64(model, inputs)))
+        return {"nodes": count_nodes(net), "compile_s": seconds}
+
+    def compare(self) -> Message:
+        """Load what the other process saved, call it, and judge its answer."""
+        import numpy as np
+        import paring
+        import torch
+
+        product: Any = paring
+        product.set_num_threads(self.threads)
+        net = product.load(str(self.folder / "net.paring"))
+        loaded = [x.numpy() for x in _leaves(net(*(torch.from_numpy(x) for x in self._kept("inputs"))))]
+        if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(loaded, self._kept("ours"), strict=True)):
+            raise ArithmeticError("the loaded network gives other bits than the one that was saved")
+        return {"ratio": error_ratio(loaded, self._kept("single"), self._kept("double"))}
+
+    def _keep(self, what: str, tensors: list[torch.Tensor]) -> None:
+        import numpy as np
+
+        np.savez(self.folder / f"{what}.npz", *[tensor.numpy() for tensor in tensors])
+
+    def _kept(self, what: str) -> Arrays:
+        import numpy as np
+
+        with np.load(self.folder / f"{what}.npz", allow_pickle=False) as kept:
+            return [kept[name] for name in kept.files]
+
+
+def error_ratio(ours: Arrays, single: Arrays, double: Arrays) -> float:
+    """The worst output's error over torch's; a third of an ulp of its largest value more is granted to torch, so that a
+    ratio of 3 is exactly `error <= 3 * torch's + 1 ulp`.
+    """
+    import numpy as np
+
+    worst = 0.0
+    for a, b, exact in zip(ours, single, double, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise TypeError(f"an output is {a.dtype}{list(a.shape)} instead of {b.dtype}{list(b.shape)}")
+        floor = float(np.spacing(np.float32(np.max(np.abs(exact))))) / ALLOWED
+        error, allowed = (float(np.max(np.abs(x.astype(np.float64) - exact))) for x in (a, b))
+        if not np.isfinite(error):
+            return float("inf")
+        worst = max(worst, error / (allowed + floor))
+    return worst
+
+
+def in_float64(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> object:
+    """The model's answer in float64. Some cast to float32 on their own (RMS norms, rotary tables): they are overruled."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    def widen(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    class Wide(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.Tensor.float:
+                function = torch.Tensor.double
+            return function(*map(widen, args), **{key: widen(value) for key, value in (kwargs or {}).items()})
+
+    doubled = model.double()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), Wide():
+            return doubled(*[x.double() if x.is_floating_point() else x for x in inputs])
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def count_nodes(net: Any) -> int | None:
+    """Operations in the compiled graph, from its text: one per line that defines a value."""
+    text = net.ir() if hasattr(net, "ir") else ""
+    return sum(line.lstrip().startswith("%") for line in text.splitlines()) or None
+
+
+def _leaves(result: object) -> list[torch.Tensor]:
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf.detach() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def coverage_table(results: Sequence[Result]) -> Table:
+    good = sum(result.ok for result in results)
+    shown = Table(title=f"{good} of {len(results)} models agree with torch", caption_justify="left", caption_style="")
+    shown.add_column("model")
+    for heading in ("nodes", "compile s", "error ratio", "ok"):
+        shown.add_column(heading, justify="right")
+    for result in results:
+        seconds = "-" if result.compile_s is None else f"{result.compile_s:.1f}"
+        ratio = "-" if result.ratio is None else f"{result.ratio:.2f}"
+        ok = Text("yes", style="green") if result.ok else Text("no", style="red")
+        shown.add_row(result.model, str(result.nodes or "-"), seconds, ratio, ok)
+    reasons = [f"{result.model}: {result.error}" for result in results if result.error]
+    if reasons:
+        shown.caption = Text("\n".join(reasons), style="red")
+    return shown
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="paring bench --coverage", description=__doc__)
+    parser.add_argument("--models", default="", help="names, comma-separated, instead of all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--full", action="store_true", help="the sizes that are timed, not the small ones")
+    parser.add_argument("--deadline", type=float, default=600.0, help="seconds for each process")
+    parser.add_argument("--json", help="write the results to this file")
+    for hidden, kind in (("--folder", Path), ("--parent", int)):
+        parser.add_argument(hidden, type=kind, default=kind(), help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if options.child:
+        process = _Process(options.folder, options.threads)
+        serve({"compile": process.compile, "compare": process.compare}, options.parent)
+        return 0
+    names = [name for name in options.models.split(",") if name]
+    results = run_coverage(names, options.threads, options.json, full=options.full, deadline_s=options.deadline)
+    Console().print(coverage_table(results))
+    return 0 if all(result.ok for result in results) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+"""`make demo`: train a small residual CNN on digits, compile it, and show what it keeps and what it gains; then ResNet-18."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import nn
+
+import paring
+from paring.bench.networks import ResNet, resnet18
+
+console = Console()
+
+
+def digits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """scikit-learn's digits as (N, 1, 8, 8) images in [0, 1]: 1,437 to train on, 360 to test on."""
+    data = load_digits()
+    order = np.random.default_rng(seed).permutation(len(data.target))
+    images = torch.tensor(data.images[order] / 16, dtype=torch.float32).unsqueeze(1)
+    labels = torch.tensor(data.target[order])
+    return images[:1437], labels[:1437], images[1437:], labels[1437:]
+
+
+def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int) -> None:
+    """AdamW on batches of 64 with a one-cycle learning rate."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    steps = epochs * -(-len(images) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("training", total=steps)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(images)).split(64):
+                loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.advance(task)
+    model.eval()
+
+
+def accuracy(net: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of right answers, one image at a time, as the network was compiled."""
+    with torch.no_grad():
+        right = sum(int(net(image[None]).argmax()) == int(label) for image, label in zip(images, labels, strict=True))
+    return right / len(images)
+
+
+def race(systems: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+    """Median milliseconds of each system, in interleaved rounds of one process.
+
+    A first look, not a benchmark: `paring bench` gives each system a process of its own.
+    """
+    times: dict[str, list[float]] = {name: [] for name in systems}
+    for run in systems.values():
+        run()
+    for _ in range(rounds):
+        for name, run in systems.items():
+            start = time.perf_counter()
+            for _ in range(3):
+                run()
+            times[name].append((time.perf_counter() - start) / 3 * 1e3)
+            # torch's threads spin for a while after a call and would slow down whoever comes next.
+            time.sleep(0.02)
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def peers(model: nn.Module, x: torch.Tensor, inductor: bool) -> dict[str, Callable[[], object]]:
+    def guarded(function: Callable[[torch.Tensor], object]) -> Callable[[], object]:
+        def run() -> object:
+            with torch.no_grad():
+                return function(x)
+
+        return run
+
+    systems = {"torch eager": guarded(model)}
+    if inductor:
+        import torch._inductor.config as config
+
+        config.freezing = True
+        systems["torch Inductor (freezing)"] = guarded(torch.compile(model))
+    return systems
+
+
+def compile_with_progress(model: nn.Module, x: torch.Tensor, dump: Path | None = None) -> paring.Network:
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("compiling", total=None)
+
+        def tell(stage: str, done: int, total: int) -> None:
+            progress.update(task, description=f"compiling: {stage}", completed=done, total=total or None)
+
+        return paring.compile(model, (x,), target="native", dump=dump, progress=tell)
+
+
+def show_race(title: str, times: dict[str, float]) -> None:
+    table = Table("system", "median ms", "Paring is faster by", title=title)
+    for name, value in times.items():
+        table.add_row(name, f"{value:.3f}", "" if name == "Paring" else f"{value / times['Paring']:.2f} x")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of training on the digits")
+    parser.add_argument("--no-inductor", action="store_true", help="leave torch Inductor out; it compiles for a minute")
+    parser.add_argument("--dump", type=Path, default=Path("build/demo"), help="folder for the IR after each pass")
+    options = parser.parse_args()
+    threads = paring.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+
+    console.rule("1. train a small residual CNN on scikit-learn's digits")
+    images, labels, test_images, test_labels = digits()
+    model = ResNet((1, 1, 1), (16, 32, 64), 10, channels=1, large=False)
+    train(model, images, labels, options.epochs)
+    before = accuracy(model, test_images, test_labels)
+
+    console.rule("2. compile it")
+    x = test_images[:1]
+    net = compile_with_progress(model, x, options.dump)
+    after = accuracy(net, test_images, test_labels)
+    console.print(f"target {net.target.name}, {threads} threads. accuracy: torch {before:.2%}, compiled {after:.2%}")
+    console.print(net.ledger, highlight=False)
+    console.print(f"the program after each pass lies in {options.dump}: read 000_import.ir, then the others")
+    show_race("the small CNN, one image", race({"Paring": lambda: net(x), **peers(model, x, not options.no_inductor)}))
+
+    console.rule("3. ResNet-18 at 224x224, random weights")
+    large, (image,) = resnet18()
+    fast = compile_with_progress(large, image)
+    console.print(fast.profile(image))
+    show_race("ResNet-18, one image", race({"Paring": lambda: fast(image), **peers(large, image, not options.no_inductor)}))
+    if before - after > 0.005:
+        raise SystemExit("the compiled network lost accuracy: this is a bug")
+
+
+if __name__ == "__main__":
+    main()

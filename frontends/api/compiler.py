@@ -1,0 +1,160 @@
+"""`paring.compile`: from a model to a network that runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paring.backends import targets
+from paring.backends.targets import Target
+from paring.frontends.structure import Imported, Signature, Tree
+from paring.ir.errors import ArgumentError
+from paring.ir.graph import Graph
+from paring.ir.ops.core import Input
+from paring.network import Network, Version, reference_call
+from paring.passes.base import Pass
+from paring.passes.manager import run_pipeline
+from paring.passes.pipelines import parse_pipeline
+from paring.passes.pipelines import pipeline as named_pipeline
+
+# Told what is being done: the stage's name, then steps done and steps in all (0 where unknown).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a compilation depends on besides the model and its inputs."""
+
+    target: Target
+    passes: tuple[Pass, ...]
+    dump: Path | None = None
+    device: str = ""
+    metric: Callable[[Any], float] | None = None
+    progress: Progress | None = None
+
+
+def compile(
+    model: Any,
+    inputs: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str = "native",
+    passes: str | Iterable[str | Pass] | None = None,
+    pipeline: str | Iterable[str | Pass] | None = None,
+    calibration: Iterable[Any] | None = None,
+    metric: Callable[[Any], float] | None = None,
+    dump: str | Path | None = None,
+    device: str = "",
+    progress: Progress | None = None,
+) -> Network:
+    """Compile a model for a target.
+
+    Args:
+        model: a torch.nn.Module (in eval mode), a torch.export.ExportedProgram, a torch.fx.GraphModule, or an ir.Graph.
+        inputs: a tuple of example inputs, or a single one; tensors or numpy arrays. Without it the network is compiled
+            when it is first called, once for each combination of input shapes and dtypes.
+        kwargs: example keyword inputs.
+        target: a name from `paring.backends.targets.names()`.
+        passes: passes to run before the target's own pipeline, as text (`"a, b{x=1}"`) or a sequence.
+        pipeline: passes to run instead of the target's own pipeline.
+        calibration: an iterable of inputs for lossy passes; no pass of this release asks for it.
+        metric: takes a callable network and returns a number, higher is better; its value goes into the ledger.
+        dump: a folder for the IR after each changing pass; by default the environment variable PARING_DUMP.
+        device: where a foreign target's code runs: "emulator" or "rpc://127.0.0.1:PORT".
+        progress: called with (stage, done, total).
+
+    Raises ArgumentError for an unknown target, pass or option, ModelError and UnsupportedOpsError for models that cannot
+    be imported, InputError for impossible inputs, TargetError where the host lacks what the target needs.
+    """
+    options = _options(target, passes, pipeline, dump, device, metric, progress)
+    if calibration is not None:
+        raise ArgumentError("calibration data were given, but no pass that uses them", hint="leave `calibration` out")
+    if inputs is None and kwargs is None and not _is_closed(model):
+        return Network({}, options.target, lambda args, kw: compile_version(model, args, kw, options))
+    version = compile_version(model, as_tuple(inputs), dict(kwargs or {}), options)
+    return Network({None: version}, options.target)
+
+
+def _options(
+    target: str,
+    passes: str | Iterable[str | Pass] | None,
+    whole: str | Iterable[str | Pass] | None,
+    dump: str | Path | None,
+    device: str,
+    metric: Callable[[Any], float] | None,
+    progress: Progress | None,
+) -> Options:
+    if not isinstance(target, str):
+        raise ArgumentError(f"target is a name, not {target!r}", hint=f"known: {', '.join(targets.names())}")
+    found = targets.resolve(target)
+    first = parse_pipeline(passes) if passes is not None else ()
+    rest = parse_pipeline(whole if whole is not None else named_pipeline(found.pipeline, found.pipeline_options()))
+    folder = dump if dump is not None else os.environ.get("PARING_DUMP") or None
+    return Options(found, (*first, *rest), Path(folder) if folder else None, device, metric, progress)
+
+
+def _is_closed(model: Any) -> bool:
+    """Whether a model has its input types with it, so that it can be compiled without examples."""
+    return isinstance(model, Graph) or type(model).__name__ == "ExportedProgram"
+
+
+def as_tuple(inputs: Any) -> tuple[Any, ...]:
+    """A single tensor or array counts as one input."""
+    if inputs is None:
+        return ()
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+
+
+def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imported:
+    """The IR of any kind of model. Raises ArgumentError for what is none."""
+    if isinstance(model, Graph):
+        return Imported(model, graph_signature(model))
+    import torch
+
+    from paring.frontends import torch_export, torch_fx
+
+    if isinstance(model, torch.export.ExportedProgram):
+        return torch_export.import_program(model)
+    if isinstance(model, torch.fx.GraphModule):
+        return torch_fx.import_fx(model, args)
+    if isinstance(model, torch.nn.Module):
+        return torch_export.import_model(model, args, kwargs)
+    hint = "a torch.nn.Module, torch.export.ExportedProgram, torch.fx.GraphModule or paring.ir.Graph"
+    raise ArgumentError(f"a {type(model).__name__} is not a model", hint=hint)
+
+
+def graph_signature(graph: Graph) -> Signature:
+    """A call of positional tensors that gives one tensor, or a tuple of them."""
+    labels = tuple(node.op.label for node in graph.inputs if isinstance(node.op, Input))
+    leaves = tuple(Tree("tensor", index=i) for i in range(len(graph.outputs)))
+    args = Tree("tuple", children=tuple(Tree("tensor", index=i) for i in range(len(graph.inputs))))
+    outputs = leaves[0] if len(leaves) == 1 else Tree("tuple", children=leaves)
+    types = tuple(node.type for node in graph.inputs)
+    return Signature(labels, types, Tree("tuple", children=(args, Tree("dict"))), outputs)
+
+
+def compile_version(model: Any, args: Sequence[Any], kwargs: dict[str, Any], options: Options) -> Version:
+    """Import, run the passes, build and open: one version of a network, for these input types."""
+    tell = options.progress or (lambda stage, done, total: None)
+    tell("import", 0, 0)
+    imported = import_any(model, tuple(args), kwargs)
+    count = len(options.passes)
+    seen = iter(range(1, count + 1))
+    result = run_pipeline(
+        imported.graph,
+        options.passes,
+        dump=options.dump,
+        metric=_graph_metric(options.metric, imported),
+        progress=lambda name: tell(name, next(seen), count),
+    )
+    return Version.build(imported.with_graph(result.graph).signature, result, options.target, options.device, tell)
+
+
+def _graph_metric(metric: Callable[[Any], float] | None, imported: Imported) -> Callable[[Graph], float] | None:
+    """The user's metric of a callable network, as a figure of a graph, which the reference interpreter runs."""
+    if metric is None:
+        return None
+    return lambda graph: float(metric(reference_call(graph, imported.signature)))

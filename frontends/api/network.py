@@ -1,0 +1,211 @@
+"""A compiled network: call it, look at it, profile it, save it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from paring.backends.reference import ReferenceExecutable
+from paring.backends.targets import REFERENCE, Target
+from paring.frontends.structure import Signature
+from paring.ir.errors import ArgumentError, InputError, TargetError
+from paring.ir.graph import Graph
+from paring.ir.interpreter import interpret
+from paring.ir.text import show
+from paring.passes.ledger import Ledger
+from paring.passes.manager import Result
+
+if TYPE_CHECKING:
+    from paring.backends.build import Built
+    from paring.backends.profile import Profile
+
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass
+class Version:
+    """A network for one set of input types: its call, what the passes made of it, and what runs it.
+
+    `executable` is None for a foreign target without a device: it can be saved, but not called.
+    """
+
+    signature: Signature
+    result: Result
+    target: Target
+    built: Built | None
+    executable: Any
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def build(signature: Signature, result: Result, target: Target, device: str, tell: Tell) -> Version:
+        """Compile a lowered graph and open it where it can run."""
+        if target.name == REFERENCE.name:
+            return Version(signature, result, target, None, ReferenceExecutable(result.graph))
+        from paring.backends.build import build
+        from paring.backends.runtime import open_executable
+
+        built = build(result.graph, target, lambda done, total, name: tell("kernels", done, total))
+        runs = bool(device) or target.device == "host"
+        return Version(signature, result, target, built, open_executable(built, target, device) if runs else None)
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        arrays = self.signature.flatten_inputs(args, kwargs)
+        return self.signature.unflatten_outputs(self.running().run(arrays), like_torch=any_torch(args, kwargs))
+
+    def running(self) -> Any:
+        """The executable. Raises TargetError where there is none."""
+        if self.executable is None:
+            raise TargetError(
+                f"this network is compiled for {self.target.name}, which this host does not run",
+                hint="give compile() or load() a device (device='emulator'), or save it and load it there",
+            )
+        return self.executable
+
+
+class Network:
+    """A callable network, in one version for each set of input types it was compiled for.
+
+    Takes and gives torch tensors when called with torch tensors, numpy arrays when called with numpy arrays. Calls from
+    several threads are safe; they take turns.
+    """
+
+    def __init__(
+        self,
+        versions: dict[Any, Version],
+        target: Target,
+        make: Callable[[tuple[Any, ...], dict[str, Any]], Version] | None = None,
+    ) -> None:
+        self._versions = versions
+        self._make = make
+        self._lock = threading.Lock()
+        self.target = target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._version(args, kwargs).call(args, kwargs)
+
+    def specialize(self, *args: Any, **kwargs: Any) -> Network:
+        """Compile now for inputs like these, and give the network back."""
+        self._version(args, kwargs)
+        return self
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that the backend was given."""
+        return self._only().result.graph
+
+    @property
+    def ledger(self) -> Ledger:
+        """What each pass did."""
+        return self._only().result.ledger
+
+    @property
+    def contract(self) -> str:
+        """What all passes together promise."""
+        return str(self.ledger.contract)
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of the stages that `ir(after=...)` shows: the import, then each pass that changed something."""
+        return [name for name, _ in self._only().result.stages]
+
+    @property
+    def declined(self) -> list[tuple[str, str, str]]:
+        """(pass, rule and node, reason) for each place where a rule fitted and declined."""
+        return [(name, str(rewrite), why) for name, rewrite, why in self._only().result.declined]
+
+    def ir(self, after: str | None = None) -> str:
+        """The program as text after the last run of a pass (or after "import"); without a name, as it is run."""
+        if after is None:
+            return show(self.graph)
+        for name, graph in reversed(self._only().result.stages):
+            if after in (name, name.partition("{")[0]):
+                return show(graph)
+        raise ArgumentError(f"no pass {after!r} changed this network", hint=f"stages: {', '.join(self.stages)}")
+
+    def profile(self, *args: Any, repeats: int = 20, **kwargs: Any) -> Profile:
+        """Time of each region with its work, bytes, share of peak, and where in the model it came from."""
+        from paring.backends.profile import profile
+
+        version = self._version(args, kwargs)
+        return profile(version.running(), version.signature.flatten_inputs(args, kwargs), repeats)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact folder `path` (conventionally NAME.paring). Raises ArgumentError, ArtifactError."""
+        from paring.artifacts import save
+
+        return save(self._only(), Path(path))
+
+    def close(self) -> None:
+        """Free the network; calling it afterwards is an error."""
+        for version in self._versions.values():
+            if version.executable is not None:
+                version.executable.close()
+
+    def __enter__(self) -> Network:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise ArgumentError("a compiled network cannot be pickled", hint="use .save(path) and paring.load(path)")
+
+    def __repr__(self) -> str:
+        return f"<paring.Network for {self.target.name}, {len(self._versions)} version(s)>"
+
+    def _only(self) -> Version:
+        """The version compiled last: the only one of a network compiled for given inputs."""
+        if not self._versions:
+            raise InputError("the network is not compiled yet", hint="call it, or specialize(x), first")
+        return list(self._versions.values())[-1]
+
+    def _version(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Version:
+        if self._make is None:
+            return self._versions[None]
+        key = call_key(args, kwargs)
+        with self._lock:
+            if key not in self._versions:
+                self._versions[key] = self._make(args, kwargs)
+            return self._versions[key]
+
+
+def call_key(*parts: Any) -> Any:
+    """What tells one specialisation from another: structure, shapes and dtypes of tensors, and the values of all else."""
+    return tuple(_key(part) for part in parts)
+
+
+def _key(value: Any) -> Any:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return ("tensor", tuple(value.shape), str(value.dtype).removeprefix("torch."), str(getattr(value, "device", "cpu")))
+    if isinstance(value, Mapping):
+        return (type(value).__name__, tuple((key, _key(item)) for key, item in value.items()))
+    if isinstance(value, tuple | list):
+        return (type(value).__name__, tuple(_key(item) for item in value))
+    return (type(value).__name__, repr(value))
+
+
+def any_torch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call gives torch tensors, and so wants them back."""
+    pending = [*args, *kwargs.values()]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            pending.extend(value.values())
+        elif isinstance(value, tuple | list):
+            pending.extend(value)
+        elif hasattr(value, "detach"):
+            return True
+    return False
+
+
+def reference_call(graph: Graph, signature: Signature) -> Callable[..., Any]:
+    """A callable that takes what the network takes and runs a graph by the reference interpreter."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arrays = signature.flatten_inputs(args, kwargs)
+        return signature.unflatten_outputs(interpret(graph, arrays), any_torch(args, kwargs))
+
+    return call

@@ -224,9 +224,9 @@ def im2col(b: Builder, x: Node, kernel: Ints, dilation: Ints, padding: Ints, str
     """Windows of an image as columns (N, C * KH * KW, L)."""
     unbatched = x.type.rank == 3
     x = b.unsqueezed(x, [0]) if unbatched else x
-    (top, left), kernels = pair(padding), pair(kernel)
+    top, left = pair(padding)
     x = pad(b, x, (left, left, top, top))
-    for axis, k, d, s in ((2, kernels[0], pair(dilation)[0], pair(stride)[0]), (4, kernels[1], pair(dilation)[1], pair(stride)[1])):
+    for axis, k, d, s in zip((2, 4), pair(kernel), pair(dilation), pair(stride), strict=True):
         starts = np.arange(0, x.type.shape[axis] - d * (k - 1), s)
         x = take(b, x, axis, np.arange(k)[:, None] * d + starts)
     return b.reshape(b.transpose(x, (0, 1, 2, 4, 3, 5)), b.type.shape)

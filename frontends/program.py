@@ -157,13 +157,12 @@ class Importer:
             raise Unsupported("control flow and custom calls are not supported" if "higher_order" in str(target) else "")
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise Unsupported("it draws random numbers")
-        if any(isinstance(a, torch.device) and a.type != "cpu" for a in bound):
-            bound = [torch.device("cpu") if isinstance(a, torch.device) else a for a in bound]
         nodes = [a for a in _flat(bound) if isinstance(a, Node)]
-        if target.namespace not in ("aten", "prims") or any(self.builder.known(n) is None or n.type.size > FOLD_LIMIT for n in nodes):
+        foldable = all(self.builder.known(n) is not None and n.type.size <= FOLD_LIMIT for n in nodes)
+        tensors = all(isinstance(r.type, torch.TensorType) for r in target._schema.returns)
+        if target.namespace not in ("aten", "prims") or not foldable or not tensors:
             raise Unsupported("")
-        if not all(isinstance(r.type, torch.TensorType) for r in target._schema.returns):
-            raise Unsupported("")
+        bound = [torch.device("cpu") if isinstance(a, torch.device) else a for a in bound]
         concrete = torch.utils._pytree.tree_map_only(Node, lambda n: torch.from_numpy(self.builder.values[n].copy()), list(bound))
         names = [(a.name, a.kwarg_only) for a in target._schema.arguments]
         positional = [c for c, (_, kw) in zip(concrete, names, strict=True) if not kw]

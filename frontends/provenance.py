@@ -1,4 +1,4 @@
-"""Where in the user's model a traced operator comes from: module path and source line, in a form that is the same on every machine."""
+"""Where in the user's model a traced operator comes from: module path and source line, the same text on every machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paring.ir import Loc
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _CALL_COUNT = re.compile(r"@\d+$")
-_LIBRARY = (str(PurePath(torch.__file__).parent), str(PurePath(__file__).parent))
+_LIBRARY = (f"{PurePath(torch.__file__).parent}/", f"{PurePath(__file__).parent}/")
 
 
 def short(path: str, line: int) -> str:

@@ -69,14 +69,16 @@ class Tree:
     @staticmethod
     def from_json(data: Any) -> Tree:
         """Raises ArtifactError for anything that `to_json` does not write."""
-        kind = data.get("kind") if isinstance(data, dict) else None
-        if kind == "tensor" and type(data.get("index")) is int and data["index"] >= 0:
-            return Tree("tensor", index=data["index"])
-        if kind == "constant" and isinstance(data.get("value"), bool | int | float | str | None):
-            return Tree("constant", value=data.get("value"))
-        children, keys, name = (data.get(k, d) for k, d in (("children", None), ("keys", []), ("name", ""))) if kind else (0, 0, 0)
+        data = data if isinstance(data, dict) else {}
+        kind, value, index = data.get("kind"), data.get("value"), data.get("index")
+        children, keys, name = data.get("children"), data.get("keys", []), data.get("name", "")
+        if kind == "tensor" and type(index) is int and index >= 0:
+            return Tree("tensor", index=index)
+        if kind == "constant" and isinstance(value, bool | int | float | str | None):
+            return Tree("constant", value=value)
         fits = kind in CONTAINERS and isinstance(children, list) and isinstance(keys, list) and isinstance(name, str)
-        if not fits or not all(isinstance(k, str | int) for k in keys) or (kind in ("dict", "record") and len(keys) != len(children)):
+        named = kind in ("dict", "record")
+        if not fits or not all(isinstance(k, str | int) for k in keys) or len(keys) != (len(children) if named else 0):
             raise ArtifactError("the structure of inputs or outputs is damaged", why=f"at {str(data)[:80]}")
         return Tree(kind, name=name, keys=tuple(keys), children=tuple(Tree.from_json(child) for child in children))
 
@@ -227,13 +229,13 @@ def _to_array(value: Any, wanted: TensorType, where: str) -> np.ndarray:
     if _is_torch(value) and hasattr(value, "detach"):
         value = _from_torch(value, where)
     if not isinstance(value, np.ndarray | np.generic):
-        raise InputError(f"{where} is {_brief(value)}, expected a tensor {wanted}", where=where, hint="pass a tensor or a numpy array")
+        what = f"{where} is {_brief(value)}, expected a tensor {wanted}"
+        raise InputError(what, where=where, hint="pass a torch tensor or a numpy array")
     array = np.asarray(value)
     dtype = array.dtype.newbyteorder("=")
     if dtype.name != wanted.dtype:
-        raise InputError(
-            f"{where} has dtype {dtype.name}, expected {wanted}", where=where, hint=f"convert it to {wanted.dtype} before the call"
-        )
+        what = f"{where} has dtype {dtype.name}, expected {wanted}"
+        raise InputError(what, where=where, hint=f"convert it to {wanted.dtype} before the call")
     if array.shape != wanted.shape:
         raise InputError(
             f"{where} has shape {list(array.shape)}, expected {wanted}",

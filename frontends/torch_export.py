@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from paring.frontends.aten import TABLE
 from paring.frontends.program import HALF, Importer, bind, operator_name
@@ -226,12 +227,13 @@ def _tree(spec: pytree.TreeSpec, leaves: Iterator[Tree]) -> Tree:
         return next(leaves)
     children = tuple(_tree(child, leaves) for child in spec.children())
     kind = spec.type
-    if kind in (tuple, list):
-        return Tree(kind.__name__, children=children)
+    if kind in (tuple, list, immutable_list):
+        return Tree("tuple" if kind is tuple else "list", children=children)
     keys = _keys(spec.context, len(children))
-    if kind in (dict, OrderedDict):
-        make = None if kind is dict else partial(_ordered, keys)
-        return Tree("dict", name=kind.__name__, keys=keys, children=children, make=make)
+    if kind in (dict, immutable_dict):
+        return Tree("dict", name="dict", keys=keys, children=children)
+    if kind is OrderedDict:
+        return Tree("dict", name="OrderedDict", keys=keys, children=children, make=partial(_ordered, keys))
     own = spec.context if isinstance(spec.context, type) else kind
     unflatten = pytree.SUPPORTED_NODES[kind].unflatten_fn
     make = partial(_unflatten, unflatten, spec.context)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paring.ir.graph import Node
-from paring.ir.ops import binary, linear, shape, unary
+from paring.ir.ops import binary, linear, reduce, shape, unary
 from paring.passes.base import Pass
 from paring.passes.contract import Close, Exact
 from paring.passes.pattern import Match, Pattern, Rule, any_, op
@@ -154,6 +155,15 @@ def reshape_of_transpose(m: Match) -> Node | None:
     return m.make(shape.Transpose(tuple(order.index(d) for d in kept)), squeezed)
 
 
+def keep_image_dims(m: Match) -> Node | None:
+    """reduce(x, rows and columns) -> reshape(reduce(x, rows and columns, dimensions kept))"""
+    reduction = m.root.op
+    assert isinstance(reduction, reduce.Reduction)
+    if reduction.axes != (2, 3) or m["x"].type.rank != 4 or reduction.keepdims:
+        return None
+    return m.make(shape.Reshape(m.root.type.shape), m.make(dataclasses.replace(reduction, keepdims=True), m["x"]))
+
+
 def clamp_to_relu(m: Match) -> Node | None:
     """clamp(x, 0, inf) -> relu(x)"""
     low, high = _range(m.root)
@@ -250,6 +260,7 @@ RULES: tuple[Rule, ...] = (
     Rule(op(shape.Slice, op(shape.Reshape, X, name="reshape")), slice_of_reshape, Exact()),
     Rule(op(shape.Slice, op(linear.Linear, name="layer", where=lambda n: n.op == linear.Linear())), slice_of_linear, Exact()),
     Rule(op(shape.Reshape, op(shape.Transpose, X, name="transpose")), reshape_of_transpose, Exact()),
+    Rule(op((reduce.Sum, reduce.Mean, reduce.Max, reduce.Min), X), keep_image_dims, Exact()),
     Rule(op(unary.Clamp, X), clamp_to_relu, Exact()),
     Rule(op((unary.Clamp, unary.Relu), op((unary.Clamp, unary.Relu), X, name="inner")), merge_clamps, Exact()),
     Rule(op(unary.Neg, op(unary.Neg, X)), double_negation, Exact()),

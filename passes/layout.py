@@ -150,7 +150,7 @@ def _pool(w: _Walker, node: Node) -> Node | None:
     return Node(dataclasses.replace(node.op, layout=w.layout), (w.blocked_of[x],), node.loc)
 
 
-def _mean(w: _Walker, node: Node) -> Node | None:
+def _reduce(w: _Walker, node: Node) -> Node | None:
     """Over the image, dimensions kept: the result is blocked as well."""
     (x,) = node.inputs
     assert isinstance(node.op, reduce.Reduction)
@@ -209,8 +209,10 @@ BLOCKED: dict[type[Op], Callable[[_Walker, Node], Node | None]] = {
     pool.MaxPool2d: _pool,
     pool.AvgPool2d: _pool,
     pool.AdaptiveAvgPool2d: _pool,
-    reduce.Mean: _mean,
-    reduce.Max: _mean,
+    reduce.Mean: _reduce,
+    reduce.Max: _reduce,
+    reduce.Min: _reduce,
+    reduce.Sum: _reduce,
     shape.Broadcast: _broadcast,
     shape.Concat: _concat,
     shape.Slice: _slice,

@@ -15,9 +15,10 @@ from paring.passes.fold_bn import FoldBn
 from paring.passes.fuse import Fuse
 from paring.passes.layout import Layout
 from paring.passes.prepack import Prepack
+from paring.passes.scale_weights import ScaleWeights
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, Layout, Prepack, Fuse)
+    cls.name: cls for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, Layout, Prepack, ScaleWeights, Fuse)
 }
 
 _SIMPLIFY = ("canonicalize", "const-fold", "cse", "dce")
@@ -34,6 +35,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "layout{{block={block}}}",
         "prepack{{block={block}}}",
         "const-fold",
+        "scale-weights",
         "canonicalize",
         "cse",
         "dce",

@@ -213,7 +213,7 @@ def _is_artifact(path: Path) -> bool:
         return False
     try:
         _Head.model_validate_json((path / MANIFEST).read_bytes())
-    except (OSError, ValidationError):
+    except (FileNotFoundError, ValidationError):
         return False
     return set(os.listdir(path)) <= {MANIFEST, *FILES}
 

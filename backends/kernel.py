@@ -126,6 +126,12 @@ class Kernel:
         where = offset.expand() if isinstance(offset, Lanes) else as_int(offset)
         T.buffer_store(buffer, splat(value, offset.count) if isinstance(offset, Lanes) else value, [where])
 
+    def prefetch(self, buffer: Any, offset: Scalar) -> None:
+        """Ask for the cache line at an offset of a flat buffer to be brought to the second level; any offset is harmless."""
+        place = tirx.address_of(buffer[as_int(offset)])
+        # To be read (0), kept at the second level (2), data (1).
+        T.evaluate(tirx.call_intrin("void", "tirx.prefetch", place, *(as_int(v) for v in (0, 2, 1))))
+
     def store_output(self, index: Index, value: Value) -> None:
         """Write the region's result at an index of its shape."""
         self.store(self.result, flatten(index, self.output.type.shape), value)

@@ -154,7 +154,7 @@ def overwritable(body: Graph) -> frozenset[int]:
     nodes = body.nodes()
     if not all(isinstance(n.op, (*ELEMENTWISE, Input, Const, Broadcast)) for n in nodes):
         return frozenset()
-    moved = set()
+    moved: set[Node] = set()
     for node in reversed(nodes):
         if isinstance(node.op, Broadcast) or node in moved:
             moved.update(node.inputs)

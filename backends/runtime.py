@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import tvm
 import tvm.rpc
+import tvm_ffi
 from tvm import relax, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
@@ -136,7 +137,7 @@ class Network:
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Outputs for inputs, as fresh arrays. Calls from several threads take turns.
 
-        Raises InputError for arrays that do not match, ArgumentError after `close`.
+        Raises InputError for arrays that do not match, and after `close`.
         """
         self._check(inputs)
         with self._lock:
@@ -176,9 +177,9 @@ class Network:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ArgumentError("this network has been closed", hint="compile or load it again")
+            raise InputError("the network is closed", hint="compile or load it again")
         if self._pid != os.getpid():
-            raise ArgumentError(
+            raise InputError(
                 "this network belongs to the process that this one was forked from",
                 why="threads do not survive a fork",
                 hint="load the saved network in the child, or start it with the 'spawn' method",
@@ -288,7 +289,7 @@ class Executable(Network):
         for step in planned.order:
             tensors = [tensor(node) for node in (*step.operands, step.node)]
             kernel = self._module.get_function(kernel_name(step, self.built.target), query_imports=True)
-            yield step, tensors, lambda kernel=kernel, tensors=tensors: kernel(*tensors)
+            yield step, tensors, functools.partial(kernel, *tensors)
 
 
 def load_library(library: bytes) -> Any:
@@ -296,7 +297,8 @@ def load_library(library: bytes) -> Any:
     with tempfile.TemporaryDirectory(prefix="paring-") as folder:
         path = Path(folder) / "lib.so"
         path.write_bytes(library)
-        return tvm.runtime.load_module(str(path))
+        # Not kept alive by TVM itself: the library is unmapped with the last reference.
+        return tvm_ffi.load_module(path, keep_module_alive=False)
 
 
 def _tensor(array: Array) -> Any:
@@ -311,6 +313,7 @@ class RemoteExecutable(Network):
 
     def __init__(self, built: Built, device: Device) -> None:
         super().__init__(built)
+        self._device = device
         self._weights = [np.resize(op.value, max(op.value.size, 1)) for op in built.plan.weights]
         with tempfile.TemporaryDirectory(prefix="paring-") as folder:
             path = Path(folder) / "lib.so"
@@ -323,7 +326,7 @@ class RemoteExecutable(Network):
         return _on_device(lambda: self._remote.run([*flat, *self._weights]))
 
     def _release(self) -> None:
-        del self._remote
+        del self._remote, self._device
         self._weights = []
 
 
@@ -407,18 +410,20 @@ def peak_flops(target: Target, threads: int) -> float:
         T.func_name("peak")
         given = T.arg("given", T.Buffer((2 * lanes,), "float32"))
         result = T.arg("result", T.Buffer((threads * chains * lanes,), "float32"))
+        all_lanes = tirx.Ramp(tirx.const(0, "int32"), 1, lanes)
         with T.parallel(0, threads) as thread:
-            sums = T.alloc_buffer((chains * lanes,), "float32", scope="local")
-            slots = [tirx.Ramp(tirx.const(c * lanes, "int32"), 1, lanes) for c in range(chains)]
-            factor, term = (tirx.Ramp(tirx.const(start, "int32"), 1, lanes) for start in (0, lanes))
-            for slot in slots:
-                T.buffer_store(sums, given[factor], [slot])
+            # A buffer each, of scope "global": small ones of that scope lie on the stack, where LLVM makes registers of them.
+            sums = [T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(chains)]
+            factor, term = (T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(2))
+            for position, register in enumerate((factor, term, *sums)):
+                start = position % 2 * lanes
+                T.buffer_store(register, given[tirx.Ramp(tirx.const(start, "int32"), 1, lanes)], [all_lanes])
             with T.serial(0, turns):
-                for slot in slots:
-                    T.buffer_store(sums, sums[slot] * given[factor] + given[term], [slot])
-            for c, slot in enumerate(slots):
-                where = tirx.Ramp((thread * chains + c) * lanes, 1, lanes)
-                T.buffer_store(result, sums[slot], [where])
+                for register in sums:
+                    T.buffer_store(register, register[all_lanes] * factor[all_lanes] + term[all_lanes], [all_lanes])
+            for position, register in enumerate(sums):
+                where = tirx.Ramp((thread * chains + position) * lanes, 1, lanes)
+                T.buffer_store(result, register[all_lanes], [where])
     arrays = [np.full(2 * lanes, 0.5, "float32"), np.zeros(threads * chains * lanes, "float32")]
     return 2.0 * lanes * chains * turns * threads / _fastest(builder.get(), target, threads, arrays)
 

@@ -93,9 +93,10 @@ class _Process:
 
     def compile(self, name: str, full: bool) -> Message:
         """Compile and save; leave the inputs, torch's answers and our own beside the artifact."""
-        import paring
         import torch
         from torch.utils._pytree import tree_structure
+
+        import paring
 
         torch.set_num_threads(self.threads)
         product: Any = paring
@@ -118,8 +119,9 @@ class _Process:
     def compare(self) -> Message:
         """Load what the other process saved, call it, and judge its answer."""
         import numpy as np
-        import paring
         import torch
+
+        import paring
 
         product: Any = paring
         product.set_num_threads(self.threads)
@@ -154,7 +156,7 @@ def error_ratio(ours: Arrays, single: Arrays, double: Arrays) -> float:
         floor = float(np.spacing(np.float32(np.max(np.abs(exact))))) / ALLOWED
         error, allowed = (float(np.max(np.abs(x.astype(np.float64) - exact))) for x in (a, b))
         if not np.isfinite(error):
-            return float("inf")
+            raise ArithmeticError("an output is not finite where torch's is")
         worst = max(worst, error / (allowed + floor))
     return worst
 

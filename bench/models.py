@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
+Options = dict[str, Any]
 Built = tuple["torch.nn.Module", tuple["torch.Tensor", ...]]
 
 
@@ -123,16 +124,17 @@ def define_torchvision_ops() -> object:
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return None
+    untyped: Any = torch
     try:
-        for library in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(str(library))
+        for binary in Path(spec.origin).parent.glob("_C*.so"):
+            untyped.ops.load_library(str(binary))
             return None
     except OSError:
         pass
-    library = torch.library.Library("torchvision", "DEF")
+    schemas: Any = untyped.library.Library("torchvision", "DEF")
     for schema in TORCHVISION_SCHEMAS:
-        library.define(schema)
-    return library
+        schemas.define(schema)
+    return schemas
 
 
 _BOXES = "Tensor dets, Tensor scores, float iou_threshold"
@@ -196,12 +198,12 @@ def _hugging(
 
 
 HEADS = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM", "T5": "T5EncoderModel"}
-BERT = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "initializer_range": 0.06}
-GPT2 = {"n_embd": 256, "n_head": 4, "n_positions": 256, "initializer_range": 0.06, "use_cache": False}
-VIT = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 768}
-T5 = {"d_model": 256, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 4, "use_cache": False}
-LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 8}
-NO_HEADS = {"aux_logits": False, "init_weights": True}
+BERT: Options = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "initializer_range": 0.06}
+GPT2: Options = {"n_embd": 256, "n_head": 4, "n_positions": 256, "initializer_range": 0.06, "use_cache": False}
+VIT: Options = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 768}
+T5: Options = {"d_model": 256, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 4, "use_cache": False}
+LLAMA: Options = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 8}
+NO_HEADS: Options = {"aux_logits": False, "init_weights": True}
 
 _TABLE = (
     _vision("resnet18", suite="cnn"),

@@ -17,7 +17,7 @@ from statistics import median
 from time import monotonic
 from typing import TypedDict
 
-import psutil
+import psutil  # type: ignore[import-untyped,unused-ignore]
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -79,6 +79,7 @@ def run_bench(
     json_path: str | os.PathLike[str] | None = None,
     *,
     seconds: float = 1.0,
+    patience_s: float = 5.0,
     prepare_s: float = 900.0,
     small: bool = False,
     console: Console | None = None,
@@ -87,7 +88,7 @@ def run_bench(
     names = tuple(models) or suite_models(suite or "cnn")
     _known("model", names, MODELS)
     _known("system", systems, PEERS)
-    protocol = Protocol(threads=threads, rounds=rounds, seconds=seconds, prepare_s=prepare_s)
+    protocol = Protocol(threads, rounds, seconds, prepare_s, patience_s=patience_s)
     console = console or Console(stderr=True)
     records: list[Record] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -192,25 +193,24 @@ def save(records: Sequence[Record], path: Path) -> None:
 
 
 def table(records: Sequence[Record]) -> Table:
-    """A row per model, a column per system (median, minimum in brackets), and the fastest peer's median over ours."""
+    """A row per model, a column per system (median, below it the minimum), and the fastest peer's median over ours."""
     systems = list(dict.fromkeys(record["system"] for record in records))
     shown = Table(title="median (min) ms", caption_justify="left", caption_style="")
-    shown.add_column("model")
+    shown.add_column("model", no_wrap=True)
     for system in systems:
         shown.add_column(system, justify="right")
-    shown.add_column("fastest peer")
-    shown.add_column("peer / paring", justify="right")
+    shown.add_column("fastest peer / paring", justify="right")
     ratios: list[float] = []
     for name in dict.fromkeys(record["model"] for record in records):
         row = {record["system"]: record for record in records if record["model"] == name}
         best, ratio = compare(row.values())
         ratios += [ratio] if ratio is not None else []
         cells = [_cell(row.get(system)) for system in systems]
-        shown.add_row(name, *cells, best or "-", _ratio(ratio))
+        shown.add_row(name, *cells, _ratio(ratio, best))
     if len(ratios) > 1:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         shown.add_section()
-        shown.add_row("geometric mean", *[""] * (len(systems) + 1), _ratio(mean))
+        shown.add_row("geometric mean", *[""] * len(systems), _ratio(mean, None))
     failures = [f"{r['model']}, {r['system']}: {r['error']}" for r in records if "error" in r]
     if failures:
         shown.caption = Text("\n".join(failures), style="red")
@@ -231,11 +231,12 @@ def _cell(record: Record | None) -> str:
         return ""
     if record["median_ms"] is None or record["min_ms"] is None:
         return "failed"
-    return f"{record['median_ms']:.2f} ({record['min_ms']:.2f})"
+    return f"{record['median_ms']:.2f}\n({record['min_ms']:.2f})"
 
 
-def _ratio(ratio: float | None) -> Text:
-    return Text("-") if ratio is None else Text(f"{ratio:.2f}x", style="green" if ratio >= 1 else "red")
+def _ratio(ratio: float | None, best: str | None) -> Text:
+    text = Text("-") if ratio is None else Text(f"{ratio:.2f}x", style="green" if ratio >= 1 else "red")
+    return text.append(f"\n{best}", style="dim") if best is not None else text
 
 
 def _known(kind: str, names: Sequence[str], there: Iterable[str]) -> None:
@@ -264,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a round")
+    parser.add_argument("--patience", type=float, default=5.0, help="seconds to wait for a quiet machine, each round")
     parser.add_argument("--small", action="store_true", help="the small inputs of the tests: quick, and no benchmark")
     parser.add_argument("--json", help="write the records to this file")
     given = list(sys.argv[1:] if argv is None else argv)
@@ -277,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.rounds,
         options.json,
         seconds=options.seconds,
+        patience_s=options.patience,
         small=options.small,
     )
     console = Console()

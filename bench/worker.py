@@ -46,7 +46,8 @@ class Worker:
         """Times in ms, for so many seconds (once at least) or iterations, after a warm-up of a fifth of that time."""
         if self.run is None:
             raise RuntimeError("'round' came before 'prepare'")
-        run, times = self.run, []
+        run = self.run
+        times: list[float] = []
         gc.collect()
         gc.disable()
         try:

@@ -152,6 +152,13 @@ def add_product(b: Builder, x: Node, y: Node, z: Node, beta: float = 1, alpha: f
     return b.apply(ADD, x if beta == 1 else b.apply(MUL, x, beta, dtype=x.type.dtype), product)
 
 
+def add_summed_product(b: Builder, x: Node, y: Node, z: Node, beta: float = 1, alpha: float = 1) -> Node:
+    """addbmm: the products of all batches are summed, which is one product over batch and inner size together."""
+    count, rows, inner = y.type.shape
+    left = b.reshape(b.swap(y, 0, 1), (rows, count * inner))
+    return add_product(b, x, left, b.reshape(z, (count * inner, z.type.shape[2])), beta, alpha)
+
+
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +444,7 @@ TABLE: Table = {
     "aten.linear.default": linear,
     **{f"aten.{name}.default": matmul for name in ("matmul", "mm", "bmm", "mv")},
     **{f"aten.{name}.default": add_product for name in ("addmm", "baddbmm", "addmv")},
+    "aten.addbmm.default": add_summed_product,
     "aten.dot.default": dot,
     "aten.vdot.default": dot,
     "aten._native_batch_norm_legit_no_training.default": batch_norm_inference,

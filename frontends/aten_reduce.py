@@ -187,6 +187,7 @@ def index_select(b: Builder, x: Node, axis: int, indices: Node) -> Node:
 
 
 def gather(b: Builder, x: Node, axis: int, indices: Node, *_: object) -> Node:
+    indices = indices if indices.type.dtype == "int32" else b.cast(indices, "int64")
     if not indices.type.rank or not x.type.rank:
         flat = b.reshape(x, (x.type.size,))
         return b.reshape(b.node(ix.Gather(0), flat, b.reshape(indices, (indices.type.size,))), b.type.shape)

@@ -52,7 +52,7 @@ def t(b: Builder, x: Node) -> Node:
 
 def movedim(b: Builder, x: Node, source: Ints | int, target: Ints | int) -> Node:
     pairs = ([source], [target]) if isinstance(source, int) else (source, target)
-    moved = {axis_of(to, x.type.rank): axis_of(a, x.type.rank) for a, to in zip(*pairs, strict=True)}  # type: ignore[arg-type]
+    moved = {axis_of(to, x.type.rank): axis_of(a, x.type.rank) for a, to in zip(*pairs, strict=True)}
     rest = iter(a for a in range(x.type.rank) if a not in moved.values())
     return b.transpose(x, [moved[d] if d in moved else next(rest) for d in range(x.type.rank)])
 

@@ -124,7 +124,8 @@ class Importer:
         return self._constant(found, name) if isinstance(found, torch.Tensor) else found
 
     def _call(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Converted:
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        mapped: Any = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        args, kwargs = mapped
         name, loc = operator_name(node.target), loc_of(node)
         if node.target is operator.getitem:
             return args[0] if isinstance(args[0], Missing) else args[0][args[1]]
@@ -144,7 +145,8 @@ class Importer:
             result = self._by_torch(node.target, bound) if converter is None else converter(self.builder, *bound)
         except (Unsupported, IRTypeError) as error:
             why = f"{error.what}: {error.why}".removesuffix(": ") if isinstance(error, IRTypeError) else str(error)
-            self.refusals.add(name, why, loc)
+            original = node.meta.get("original_aten")
+            self.refusals.add(name if original is None or name.startswith("aten.") else operator_name(original), why, loc)
             return Missing()
         except DataDependent as error:
             raise ModelError(str(error), where=str(loc or ""), hint="use torch.where, or keep the full size and mask") from None
@@ -205,7 +207,7 @@ def operator_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order.{target.name()}"
+        return f"higher_order.{target.__name__}"
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}".lstrip("._")
 
 

@@ -44,6 +44,7 @@ class Node:
         self.loc = loc
         types = [node.type for node in self.inputs]
         try:
+            op.check_attributes()
             op.check_arity(len(types))
             self.type = op.infer(*types)
         except IRTypeError as error:

@@ -13,9 +13,9 @@ import numpy as np
 
 from paring.ir.op import Array, require
 
-_ACTIVATION = re.compile(r"^NCHW(?:(\d+)c)?$")
-_CONV_WEIGHT = re.compile(r"^OIHW(?:(\d+)i(\d+)o)?$")
-_LINEAR_WEIGHT = re.compile(r"^OI(?:(\d+)o)?$")
+_ACTIVATION = re.compile(r"^NCHW(?:([1-9][0-9]{0,3})c)?\Z")
+_CONV_WEIGHT = re.compile(r"^OIHW(?:([1-9][0-9]{0,3})i([1-9][0-9]{0,3})o)?\Z")
+_LINEAR_WEIGHT = re.compile(r"^OI(?:([1-9][0-9]{0,3})o)?\Z")
 
 
 def channel_block(layout: str) -> int | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +36,13 @@ class Op:
             wanted = str(low) if low == high else f"{low} to {high if high is not None else 'any number'}"
             raise IRTypeError(f"takes {wanted} operands, got {count}")
 
+    def check_attributes(self) -> None:
+        """Raise IRTypeError where an attribute is not of its declared type: it could not be printed, hashed or lowered."""
+        for name, hint in _attribute_types(type(self)):
+            value = getattr(self, name)
+            if not _is_a(value, hint):
+                raise IRTypeError(f"attribute {name} is {value!r}", why=f"it should be {getattr(hint, '__name__', hint)}")
+
     def infer(self, *types: TensorType) -> TensorType:
         """The type of the result. Raises IRTypeError with the reason when the op does not apply."""
         raise NotImplementedError(self.name)
@@ -56,6 +67,27 @@ class Op:
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
         """A few legal attribute settings with operand types, small enough for tests."""
         raise NotImplementedError(cls.name)
+
+
+@functools.cache
+def _attribute_types(cls: type[Op]) -> tuple[tuple[str, Any], ...]:
+    hints = typing.get_type_hints(cls)
+    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(cls))
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a value is of a type built from int, float, bool, str, None, tuples and classes. An int is a float too."""
+    if hint is int:
+        return type(value) is int
+    if hint is float:
+        return type(value) in (int, float)
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        kinds = members[:1] * len(value) if isinstance(value, tuple) and members[1:] == (...,) else members
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, member) for member in members)
+    return isinstance(value, origin or hint)
 
 
 def require(condition: bool, what: str, *, why: str = "", hint: str = "") -> None:

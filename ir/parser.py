@@ -165,7 +165,10 @@ class _Reader:
             if shape:
                 self.expect("mark", ",")
             shape.append(self.expect("number").text)
-        return TensorType.parse(f"{dtype}[{','.join(shape)}]")
+        try:
+            return TensorType.parse(f"{dtype}[{','.join(shape)}]")
+        except IRTypeError as error:
+            raise self.error(error.what) from None
 
     def attributes(self) -> dict[str, object]:
         self.expect("mark", "{")
@@ -221,6 +224,8 @@ class _Reader:
             attributes = {**attributes, "dtype": declared.dtype, "shape": declared.shape}
         if cls is Region:
             attributes = {**attributes, "body": body}
+        elif body is not None:
+            raise self.error(f"{name.text} has no body", name)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         extra = sorted(set(attributes) - set(fields))
         if extra:
@@ -245,7 +250,10 @@ class _Reader:
         values = attributes["value"]
         if len(values) != declared.size or not all(isinstance(v, int | float) for v in values):
             raise self.error(f"the value does not fill {declared}", name)
-        return Const(np.array(values, dtype=declared.dtype).reshape(declared.shape))
+        array = np.array(values, dtype=declared.dtype)
+        if array.dtype.kind != "f" and not np.array_equal(array, np.array(values)):
+            raise self.error(f"the value does not fit {declared}", name)
+        return Const(array.reshape(declared.shape))
 
 
 def unquote(text: str) -> str:

@@ -46,7 +46,7 @@ DTYPES = {
     )
 }
 
-_TYPE = re.compile(r"^(\w+)\[((?:\d+(?:,\d+)*)?)\]$")
+_TYPE = re.compile(r"^(\w+)\[((?:[0-9]{1,18}(?:,[0-9]{1,18})*)?)\]\Z")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def merge_slices(m: Match) -> Node | None:
     starts = tuple(i + o * s for i, o, s in zip(inner.starts, outer.starts, inner.steps, strict=True))
     steps = tuple(i * o for i, o in zip(inner.steps, outer.steps, strict=True))
     counts = m.root.type.shape
-    stops = tuple(a if n == 0 else a + (n - 1) * s + 1 for a, n, s in zip(starts, counts, steps, strict=True))
+    # An empty range may start past the end of x.
+    starts = tuple(a if n else 0 for a, n in zip(starts, counts, strict=True))
+    stops = tuple(a + (n - 1) * s + 1 if n else 0 for a, n, s in zip(starts, counts, steps, strict=True))
     return m.make(shape.Slice(starts, stops, steps), m["x"])
 
 
@@ -173,7 +175,8 @@ def clamp_to_relu(m: Match) -> Node | None:
 def merge_clamps(m: Match) -> Node | None:
     """clamp(relu or clamp(x)) -> one clamp, where the ranges overlap"""
     (low, high), (inner_low, inner_high) = _range(m.root), _range(m["inner"])
-    low, high = max(low, inner_low), min(high, inner_high)
+    # Of two equal bounds the inner one's zero is the one that comes out: 0.0 and -0.0 differ.
+    low, high = max(inner_low, low), min(inner_high, high)
     if low > high:
         return m.decline("the ranges do not overlap")
     return m.make(unary.Clamp(low, high), m["x"])
@@ -223,7 +226,7 @@ def matmul_to_linear(m: Match) -> Node | None:
     w = y.inputs[0] if isinstance(y.op, shape.Broadcast) else y
     while isinstance(w.op, shape.Reshape) and w.type.shape[-2:] == w.inputs[0].type.shape[-2:]:
         (w,) = w.inputs
-    if not m["x"].type.is_float or w.type.rank < 2 or w.type.size != w.type.shape[-1] * w.type.shape[-2]:
+    if not m["x"].type.is_float or w.type.shape[-2:] != y.type.shape[-2:] or w.type.size != w.type.shape[-1] * w.type.shape[-2]:
         return None
     matrix = m.make(shape.Reshape(w.type.shape[-2:]), w, loc=w.loc)
     return m.make(linear.Linear(), m["x"], m.make(shape.Transpose((1, 0)), matrix, loc=w.loc))

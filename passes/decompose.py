@@ -12,7 +12,7 @@ from paring.ir.ops import attention, binary, linear, norm, pool, reduce, shape
 from paring.passes.base import Pass
 from paring.passes.contract import Close, Exact
 from paring.passes.pattern import Match, Rule, op
-from paring.passes.util import constant
+from paring.passes.util import const_value, constant, is_const
 
 
 def adaptive_pool_to_mean(m: Match) -> Node | None:
@@ -51,11 +51,19 @@ def spell_out_pixel_shuffle(m: Match) -> Node | None:
     return m.make(shape.Reshape(m.root.type.shape), m.make(shape.Transpose((0, 1, 4, 2, 5, 3)), split))
 
 
+def _keeps_a_key(mask: Node) -> bool:
+    """Whether a float mask is a constant that leaves each row something finite."""
+    source = mask.inputs[0] if isinstance(mask.op, shape.Broadcast) else mask
+    if not is_const(source) or not mask.type.is_float or source.type.rank == 0:
+        return False
+    return bool(np.isfinite(const_value(source)).any(-1).all())
+
+
 def spell_out_attention(m: Match) -> Node | None:
     """attention(q, k, v, mask) -> matmul(softmax(matmul(q, transpose(k)) * scale + mask), v)"""
     attend, (q, k, v, *mask) = m.root.op, m.root.inputs
     assert isinstance(attend, attention.ScaledDotProductAttention)
-    if attend.causal or (mask and mask[0].type.dtype == "bool"):
+    if attend.causal or (mask and not _keeps_a_key(mask[0])):
         return m.decline("a row may keep no key, which only the operator itself gives zeros for")
     scores = m.make(linear.Matmul(), q, m.make(shape.Transpose((0, 1, 3, 2)), k))
     scale = constant(np.array(attend.scale_for(q.type.shape[3]), q.type.dtype))

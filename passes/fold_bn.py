@@ -20,8 +20,16 @@ from paring.passes.util import channel_values, const_value, constant, is_const
 LAYERS = (conv.Conv2d, conv.ConvTranspose2d, linear.Linear)
 
 
-def _constant_weights(layer: Node) -> bool:
-    return all(is_const(node) for node in layer.inputs[1:])
+def _foldable(layer: Node) -> bool:
+    """Whether weights and bias are constants in their plain order, one row of the weight for each output."""
+    match layer.op:
+        case conv.Conv2d(out_layout="NCHW", weight_layout="OIHW") | conv.ConvTranspose2d():
+            plain = True
+        case linear.Linear(weight_layout="OI", features=features):
+            plain = features in (None, layer.inputs[1].type.shape[0])
+        case _:
+            plain = False
+    return plain and all(is_const(node) for node in layer.inputs[1:])
 
 
 def _axis(layer: Node) -> int:
@@ -84,7 +92,8 @@ def fold_pad(m: Match) -> Node | None:
     layer, pad = m.root.op, m["pad"].op
     assert isinstance(layer, conv.Conv2d)
     assert isinstance(pad, shape.Pad)
-    if pad.mode != "constant" or pad.value != 0 or any(p != (0, 0) for p in pad.padding[:2]):
+    plain = layer.layout == "NCHW" and pad.mode == "constant" and pad.value == 0
+    if not plain or any(p != (0, 0) for p in pad.padding[:2]):
         return m.decline("only zeros around the image can become the convolution's padding")
     rows, columns = ((a + c, b + d) for (a, b), (c, d) in zip(layer.padding, pad.padding[2:], strict=True))
     return m.make(dataclasses.replace(layer, padding=(rows, columns)), m["x"], *m.root.inputs[1:])
@@ -112,7 +121,7 @@ def _per_channel(m: Match, values: Array, type: TensorType) -> Node:
 
 
 _C = any_("c")
-_LAYER = op(LAYERS, name="layer", once=True, where=_constant_weights)
+_LAYER = op(LAYERS, name="layer", once=True, where=_foldable)
 
 RULES: tuple[Rule, ...] = (
     Rule(op(norm.BatchNorm, _LAYER, any_("g"), any_("h"), any_("mean"), any_("var")), fold_batch_norm, Close(4)),

@@ -111,7 +111,7 @@ def _conv(w: _Walker, node: Node) -> Node | None:
         return None
     out, per_group = weight.type.shape[:2]
     channels, block = x.type.shape[1], w.block
-    depthwise = per_group == 1 and op.groups == channels == out
+    depthwise = per_group == 1 < op.groups == channels == out
     whole_groups = per_group % block == 0 and (out // op.groups) % block == 0
     if op.groups > 1 and not depthwise and not whole_groups:
         return None

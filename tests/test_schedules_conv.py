@@ -183,7 +183,7 @@ def test_padding_beyond_the_kernel() -> None:
 def test_any_knobs_give_the_same() -> None:
     target = native("x86-avx512")
     bodies = [region(16, (2, 5), (5, 19), (3, 3), padding=((1, 1), (1, 1))), region(16, (2, 5), (5, 19), (1, 1))]
-    for settings in (conv.ConvKnobs(3, 3, True), conv.ConvKnobs(1, 1, False), conv.ConvKnobs(28, 1, True)):
+    for settings in (conv.ConvKnobs(3, 3), conv.ConvKnobs(1, 1), conv.ConvKnobs(28, 1)):
         check(bodies, target, conv, settings)
 
 

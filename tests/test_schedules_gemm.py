@@ -87,7 +87,9 @@ def test_random_linear(name: str) -> None:
     for _ in range(32):
         leading = tuple(map(int, rng.integers(1, 9, rng.integers(0, 4))))
         depth, features = (int(rng.integers(1, high)) for high in (60, 150))
-        bodies.append(linear(target.block, leading, depth, features, rng.random() < 0.7, str(rng.choice(["relu", "none", "add"]))))
+        bodies.append(
+            linear(target.block, leading, depth, features, rng.random() < 0.7, str(rng.choice(["relu", "none", "add"])))
+        )
     check(bodies, target)
 
 
@@ -123,7 +125,12 @@ def test_known_layers(name: str) -> None:
 def test_any_knobs_give_the_same() -> None:
     target = native("x86-avx512")
     bodies = [linear(16, (19,), 33, 75), matmul((2,), 19, 33, 75)]
-    for settings in (gemm.GemmKnobs(3, 3, 2, True), gemm.GemmKnobs(1, 1), gemm.GemmKnobs(28, 1, 1, True), gemm.GemmKnobs(2, 5, 5)):
+    for settings in (
+        gemm.GemmKnobs(3, 3, 2, True),
+        gemm.GemmKnobs(1, 1),
+        gemm.GemmKnobs(28, 1, 1, True),
+        gemm.GemmKnobs(2, 5, 5),
+    ):
         check(bodies, target, settings)
 
 

@@ -8,20 +8,24 @@ padding costs nothing and needs no copy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from tvm import tirx
 
 from paring.backends.kernel import Kernel, Lanes, Scalar
 from paring.backends.schedules.tiles import (
+    CHAINS,
     Accumulators,
+    Ahead,
     Run,
     balanced,
     dispatch,
     finish,
+    overlaps,
     runs,
     takes_epilogue,
     tile_count,
-    vector_registers,
+    tile_height,
 )
 from paring.backends.targets import Target
 from paring.ir import layout as lay
@@ -33,11 +37,10 @@ Taps = tuple[range, ...]  # for each kernel column the columns of a tile that it
 
 @dataclass(frozen=True)
 class ConvKnobs:
-    """A register tile of at most `columns` x `blocks` vectors; `rows_outer`: all channels of a row before the next row."""
+    """A register tile of at most `columns` x `blocks` vectors."""
 
     columns: int
     blocks: int
-    rows_outer: bool
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,18 @@ def find(body: Graph, target: Target) -> Node | None:
 
 
 def knobs(node: Node, target: Target) -> ConvKnobs:
-    """The default settings, from the target's registers and caches."""
+    """The default settings: two channel blocks where the reduction is long and twice their weights fit the cache."""
     shape = Shape.of(node)
-    spare = 4 if target.registers >= 32 else 3
-    vectors = (target.registers - spare) // vector_registers(target, shape.block)
-    blocks = max(b for b in (1, 2) if b <= vectors and shape.out_blocks % b == 0)
-    return ConvKnobs(max(vectors // blocks, 1), blocks, False)
+    depth = shape.in_blocks * shape.block_in * shape.kernel[0] * shape.kernel[1]
+    if overlaps(target, depth):
+        columns, blocks = tile_height(target, shape.block, 2), 1
+    else:
+        blocks = 2 if 2 * 2 * depth * shape.block * 4 <= target.l2 * 3 // 4 else 1
+        columns = tile_height(target, shape.block, blocks)
+    columns = min(columns, shape.out_width)
+    # An image of a few pixels gives too few sums of its own.
+    blocks = max(blocks, -(-CHAINS // columns)) if columns * 2 <= CHAINS else blocks
+    return ConvKnobs(columns, min(blocks, shape.out_blocks))
 
 
 def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
@@ -123,15 +132,16 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
     shape = Shape.of(anchor)
     columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
     channels = runs(balanced(shape.out_blocks, knobs.blocks))
-    extents = (shape.images, shape.groups, tile_count(channels), shape.out_height, tile_count(columns))
-    order = (0, 3, 4, 1, 2) if knobs.rows_outer else (0, 1, 2, 3, 4)
+    width = tile_count(columns)
     macs = anchor.op.macs(anchor.type, *(operand.type for operand in anchor.inputs))
-    with kernel.parallel([extents[i] for i in order], macs // MACS_PER_NS) as turns:
-        n, group, channel, y, column = (turns[order.index(i)] for i in range(5))
+    # Channels before pixels: the weights of a tile stay in the cache and are read from memory once.
+    extents = (shape.images, shape.groups, tile_count(channels), shape.out_height, width)
+    with kernel.parallel(extents, macs // MACS_PER_NS) as (n, group, channel, y, column):
 
         def at_channel(first: Scalar, blocks: Run) -> None:
             def at_column(x: Scalar, tile: Run) -> None:
-                _Tile(kernel, anchor, shape, n, group, first, blocks.width, y, x, tile).emit()
+                turn, turns = y * width + column, shape.out_height * width
+                _Tile(kernel, anchor, shape, (n, group, first, y, x), blocks.width, tile, turn, turns).emit()
 
             dispatch(kernel, column, columns, at_column)
 
@@ -157,57 +167,73 @@ MACS_PER_NS = 40
 
 @dataclass
 class _Tile:
-    """One register tile: `tile.width` columns from x of row y, `blocks` channel blocks from `first` of a group."""
+    """One register tile: `tile.width` columns, `blocks` channel blocks; at = (n, group, first block, y, x).
+
+    It is number `turn` of the `turns` tiles that use the same weights.
+    """
 
     kernel: Kernel
     anchor: Node
     shape: Shape
-    n: Scalar
-    group: Scalar
-    first: Scalar
+    at: tuple[Scalar, ...]
     blocks: int
-    y: Scalar
-    x: Scalar
     tile: Run
+    turn: Scalar
+    turns: int
 
     def emit(self) -> None:
         k, s = self.kernel, self.shape
+        self.n, self.group, first, self.y, self.x = self.at
         self.sums = Accumulators(k, self.tile.width, self.blocks, s.block)
-        self.channel = k.bind(self.group * s.out_blocks + self.first)
+        self.channel = k.bind(self.group * s.out_blocks + first)
+        bias = self.anchor.inputs[2:]
         for j in range(self.blocks):
-            bias = self.anchor.inputs[2:]
             self.sums.start(j, k.value(bias[0], (Lanes((self.channel + j) * s.block, s.block),)) if bias else None)
         low, high = kernel_rows(k, s, self.y)
-        with k.loop(s.in_blocks) as ci, k.loop(high, start=low) as kh:
-            self._accumulate(ci, kh)
+        weights, slab = k.buffers[self.anchor.inputs[1]], s.in_blocks * s.kernel[0] * s.kernel[1] * s.block_in * s.block
+        next_slab = (self.channel + self.blocks) * slab
+        ahead = Ahead.of(k, weights, next_slab, slab * self.blocks, self.turns * s.in_blocks)
+        with k.loop(s.in_blocks) as ci:
+            ahead.step(self.turn * s.in_blocks + ci)
+            tap = 0
+            for reached, same in groupby(self.tile.kind):
+                count = len(list(same))
+                if reached:
+                    self._taps(ci, (low, high), range(tap, tap + count), reached)
+                tap += count
         for i in range(self.tile.width):
             for j in range(self.blocks):
                 finish(k, self.anchor, self._index(i, j), self.sums.value(i, j))
 
-    def _accumulate(self, ci: Scalar, kh: Scalar) -> None:
-        """All taps of one kernel row over one block of input channels."""
+    def _taps(self, ci: Scalar, rows: tuple[Scalar, Scalar], taps: range, reached: range) -> None:
+        """Kernel columns `taps` of a range of kernel rows, over one block of input channels, into the columns reached."""
+        k, s = self.kernel, self.shape
+        low, high = rows
+        if s.block_in == 1:
+            # The rows are innermost: their number is not static, so LLVM does not unroll the taps and spill what they share.
+            with k.loop(len(taps)) as tap, k.loop(high, start=low) as kh:
+                self._multiply(ci, kh, taps.start, tap, 0, reached)
+            return
+        # Neighbouring taps read neighbouring pixels and weights, so without dilation one loop runs over all of them.
+        inner = s.block_in * (len(taps) if s.dilation[1] == 1 else 1)
+        with k.loop(high, start=low) as kh, k.loop(len(taps) * s.block_in // inner) as tap, k.loop(inner) as lane:
+            self._multiply(ci, kh, taps.start, tap, lane, reached)
+
+    def _multiply(self, ci: Scalar, kh: Scalar, first: int, tap: Scalar, lane: Scalar, reached: range) -> None:
+        """One input channel, number `lane` of its block, at tap first + `tap` of a kernel row; lanes run on into the next tap."""
         k, s = self.kernel, self.shape
         x, w = (k.buffers[operand] for operand in self.anchor.inputs[:2])
         row = self.y * s.stride[0] - s.top + kh * s.dilation[0]
         plane = (self.n * s.groups + self.group) * s.in_blocks + ci
-        origin = k.bind(((plane * s.height + row) * s.width + self.x * s.stride[1]) * s.block_in)
-        size = s.block_in * s.block
-        strip = s.kernel[1] * size
-        weights = k.bind(((self.channel * s.in_blocks + ci) * s.kernel[0] + kh) * strip)
-        between = s.in_blocks * s.kernel[0] * strip
-        for tap, reached in enumerate(self.tile.kind):
-            if not reached:
-                continue
-            with k.loop(s.block_in) as lane:
-                vectors = []
-                for j in range(self.blocks):
-                    position = weights + j * between + tap * size + lane * s.block
-                    vectors.append(k.bind(k.load(w, Lanes(position, s.block))))
-                for i in reached:
-                    offset = (i * s.stride[1] - s.left + tap * s.dilation[1]) * s.block_in
-                    pixel = k.load(x, origin + offset + lane)
-                    for j, vector in enumerate(vectors):
-                        self.sums.add_product(i, j, pixel, vector)
+        origin = k.bind(((plane * s.height + row) * s.width + self.x * s.stride[1] + tap * s.dilation[1]) * s.block_in + lane)
+        position = ((self.channel * s.in_blocks + ci) * s.kernel[0] + kh) * s.kernel[1] + first + tap
+        weights = k.bind((position * s.block_in + lane) * s.block)
+        between = s.in_blocks * s.kernel[0] * s.kernel[1] * s.block_in * s.block
+        vectors = [k.bind(k.load(w, Lanes(weights + j * between, s.block))) for j in range(self.blocks)]
+        for i in reached:
+            pixel = k.load(x, origin + (i * s.stride[1] - s.left + first * s.dilation[1]) * s.block_in)
+            for j, vector in enumerate(vectors):
+                self.sums.add_product(i, j, pixel, vector)
 
     def _index(self, i: int, j: int) -> tuple[object, ...]:
         """Of one vector of the tile in the anchor's result."""

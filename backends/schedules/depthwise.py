@@ -19,7 +19,6 @@ from paring.backends.schedules.tiles import (
     runs,
     takes_epilogue,
     tile_count,
-    vector_registers,
 )
 from paring.backends.targets import Target
 from paring.ir import layout as lay
@@ -51,7 +50,7 @@ def find(body: Graph, target: Target) -> Node | None:
 
 def knobs(node: Node, target: Target) -> DepthwiseKnobs:
     """The default settings: one kernel row of weights and one input stay in registers beside the tile."""
-    width = vector_registers(target, target.block)
+    width = -(-target.block // target.lanes)
     taps = node.inputs[1].type.shape[3]
     return DepthwiseKnobs(max((target.registers - 2) // width - taps, 4))
 

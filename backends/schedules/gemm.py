@@ -12,15 +12,18 @@ from math import prod
 
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, unflatten
 from paring.backends.schedules.tiles import (
+    CHAINS,
     Accumulators,
+    Ahead,
     Run,
     balanced,
     dispatch,
     finish,
+    overlaps,
     runs,
     takes_epilogue,
     tile_count,
-    vector_registers,
+    tile_height,
 )
 from paring.backends.targets import Target
 from paring.ir import layout as lay
@@ -80,14 +83,15 @@ def find(body: Graph, target: Target) -> Node | None:
 
 
 def knobs(node: Node, target: Target) -> GemmKnobs:
-    """The default settings, from the target's registers and caches."""
+    """The default settings: nearly square in registers, or a flat tile of half of them where the reduction is short."""
     shape = Shape.of(node, target)
-    spare = 4 if target.registers >= 32 else 3
-    registers = (target.registers - spare) // vector_registers(target, shape.lanes)
     if shape.rows == 1:
-        return GemmKnobs(1, 4, max(registers // 8, 1))
-    vectors = min(2, shape.vectors)
-    return GemmKnobs(max(registers // vectors, 1), vectors)
+        vectors = min(4, shape.vectors)
+        return GemmKnobs(1, vectors, max(1, CHAINS // vectors))
+    if overlaps(target, shape.depth):
+        return GemmKnobs(tile_height(target, shape.lanes, 2), 1)
+    vectors = min(4 if shape.rows <= 4 else 3, shape.vectors)
+    return GemmKnobs(tile_height(target, shape.lanes, vectors), vectors)
 
 
 def emit(kernel: Kernel, anchor: Node, knobs: GemmKnobs) -> None:
@@ -102,7 +106,8 @@ def emit(kernel: Kernel, anchor: Node, knobs: GemmKnobs) -> None:
 
         def at_column(first: Scalar, vectors: Run) -> None:
             def at_row(m: Scalar, tile: Run) -> None:
-                _Tile(kernel, anchor, shape, knobs.steps, batch, first, vectors, m, tile.width).emit()
+                turns = 0 if knobs.rows_outer else tile_count(rows)
+                _Tile(kernel, anchor, shape, knobs.steps, (batch, first, m), vectors, tile.width, row, turns).emit()
 
             dispatch(kernel, row, rows, at_row)
 
@@ -111,24 +116,30 @@ def emit(kernel: Kernel, anchor: Node, knobs: GemmKnobs) -> None:
 
 # Of one core, about: it only decides whether a kernel is worth several threads.
 MACS_PER_NS = 40
+# Positions of the reduction between two requests for weights to come.
+CHUNK = 16
 
 
 @dataclass
 class _Tile:
-    """One register tile: `height` rows from m, `vectors.width` vectors of columns from number `first`."""
+    """One register tile: `height` rows, `vectors.width` vectors of columns; at = (batch, first vector, first row).
+
+    It is number `turn` of the `turns` tiles in a row that use the same weights; 0: other weights follow at once.
+    """
 
     kernel: Kernel
     anchor: Node
     shape: Shape
     steps: int
-    batch: Scalar
-    first: Scalar
+    at: tuple[Scalar, ...]
     vectors: Run
-    m: Scalar
     height: int
+    turn: Scalar
+    turns: int
 
     def emit(self) -> None:
         k, s = self.kernel, self.shape
+        self.batch, self.first, self.m = self.at
         self.sums = Accumulators(k, self.height * self.steps, self.vectors.width, s.lanes)
         for j in range(self.vectors.width):
             self.sums.start(j, zero_from=self.height, value=self._bias(j))
@@ -161,14 +172,28 @@ class _Tile:
 
     def _reduce(self) -> None:
         """Add the products along the whole depth, `steps` at a time."""
-        whole, rest = divmod(self.shape.depth, self.steps)
+        k, s, width = self.kernel, self.shape, self.vectors.width
+        if not s.packed or not self.turns or s.depth < CHUNK:
+            return self._stretch(0, s.depth)
+        chunks, rest = divmod(s.depth, CHUNK)
+        slab = s.depth * s.lanes
+        weights = k.buffers[self.anchor.inputs[1]]
+        ahead = Ahead.of(k, weights, (self.first + width) * slab, width * slab, self.turns * chunks)
+        with k.loop(chunks) as chunk:
+            ahead.step(self.turn * chunks + chunk)
+            self._stretch(chunk * CHUNK, CHUNK)
+        self._stretch(chunks * CHUNK, rest)
+
+    def _stretch(self, start: Scalar, length: int) -> None:
+        """Add the products of `length` positions of the depth."""
+        whole, rest = divmod(length, self.steps)
         if whole:
             with self.kernel.loop(whole) as turn:
                 for step in range(self.steps):
-                    self._add(turn * self.steps + step, step)
+                    self._add(start + turn * self.steps + step, step)
         for step in range(rest):
             with self.kernel.scope():
-                self._add(whole * self.steps + step, step)
+                self._add(start + whole * self.steps + step, step)
 
     def _add(self, position: Scalar, step: int) -> None:
         """The products of one position of the depth."""

@@ -91,6 +91,29 @@ def dispatch(kernel: Kernel, position: Scalar, parts: Sequence[Run], emit: Calla
             dispatch(kernel, position - run.count, rest, emit)
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Brings the weights of the tiles to come into the cache, in equal shares, while those at hand are multiplied."""
+
+    kernel: Kernel
+    weights: Any
+    start: Scalar
+    share: int  # cache lines at each step
+
+    @staticmethod
+    def of(kernel: Kernel, weights: Any, start: Scalar, elements: int, steps: int) -> Ahead:
+        """For `elements` float32 from `start` on, in that many steps; nothing is fetched where these are far more than lines."""
+        return Ahead(kernel, weights, kernel.bind(start), round(elements / LINE / steps))
+
+    def step(self, number: Scalar) -> None:
+        for line in range(self.share):
+            self.kernel.prefetch(self.weights, self.start + (number * self.share + line) * LINE)
+
+
+# float32 elements of a cache line.
+LINE = 16
+
+
 class Accumulators:
     """rows x vectors sums of `lanes` elements each, held in registers."""
 
@@ -116,6 +139,18 @@ class Accumulators:
         return self.kernel.load(self.registers[row][vector], Lanes(0, self.lanes))
 
 
-def vector_registers(target: Target, elements: int) -> int:
-    """Registers that one vector of float32 takes."""
-    return -(-elements // target.lanes)
+def tile_height(target: Target, lanes: int, vectors: int) -> int:
+    """How many rows of `vectors` sums of `lanes` elements stay in registers, beside the weights and one value of x."""
+    width = -(-lanes // target.lanes)
+    return max((target.registers - vectors * width - 1) // (vectors * width), 1)
+
+
+def overlaps(target: Target, depth: int) -> bool:
+    """Whether tiles of half the registers are better: after a short reduction the next one starts while one is written."""
+    return depth <= SHORT and target.registers >= 32
+
+
+# Terms of a reduction. Measured on Zen 4: from about here on, full tiles are as fast.
+SHORT = 256
+# Sums that must be under way at once to hide the latency of multiply-add: two units, four cycles.
+CHAINS = 8

@@ -122,7 +122,8 @@ def _from_module(spec: str, name: str) -> Any:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-                raise ArgumentError(f"no module {error.name!r}", hint=f"for a file write {name}.py:{spec.rpartition(':')[2]}") from None
+                hint = f"for a file write {name}.py:{spec.rpartition(':')[2]}"
+                raise ArgumentError(f"no module {error.name!r}", hint=hint) from None
             raise
 
     return _run(spec, load)
@@ -135,7 +136,9 @@ def _run(spec: str, code: Callable[[], Any]) -> Any:
     except ParingError:
         raise
     except (Exception, SystemExit) as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and "importlib" not in f.filename]
+        frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and "importlib" not in f.filename
+        ]
         where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else spec
         if isinstance(error, SyntaxError):
             where = f"{error.filename}:{error.lineno}"

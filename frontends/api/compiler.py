@@ -31,7 +31,7 @@ class Options:
     target: Target
     passes: tuple[Pass, ...]
     dump: Path | None = None
-    device: str = ""
+    device: str | None = None
     metric: Callable[[Any], float] | None = None
     progress: Progress | None = None
 
@@ -47,7 +47,7 @@ def compile(
     calibration: Iterable[Any] | None = None,
     metric: Callable[[Any], float] | None = None,
     dump: str | Path | None = None,
-    device: str = "",
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Network:
     """Compile a model for a target.
@@ -83,7 +83,7 @@ def _options(
     passes: str | Iterable[str | Pass] | None,
     whole: str | Iterable[str | Pass] | None,
     dump: str | Path | None,
-    device: str,
+    device: str | None,
     metric: Callable[[Any], float] | None,
     progress: Progress | None,
 ) -> Options:

@@ -40,7 +40,7 @@ class Version:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def build(signature: Signature, result: Result, target: Target, device: str, tell: Tell) -> Version:
+    def build(signature: Signature, result: Result, target: Target, device: str | None, tell: Tell) -> Version:
         """Compile a lowered graph and open it where it can run."""
         if target.name == REFERENCE.name:
             return Version(signature, result, target, None, ReferenceExecutable(result.graph))
@@ -48,7 +48,7 @@ class Version:
         from paring.backends.runtime import open_executable
 
         built = build(result.graph, target, lambda done, total, name: tell("kernels", done, total))
-        runs = bool(device) or target.device == "host"
+        runs = device is not None or target.device == "host"
         return Version(signature, result, target, built, open_executable(built, target, device) if runs else None)
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

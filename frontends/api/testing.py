@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from paring.ir import Graph, Input, Node, parse, rebuild, same, show
+from paring.generators import STEPS, Builder
+from paring.ir import Graph, Input, Node, parse, rebuild, show
 from paring.ir import constants as arrays_of
 from paring.ir.errors import ContractError, IRTypeError, ParingError
 from paring.ir.op import Array
@@ -23,7 +24,6 @@ from paring.passes import contract as contracts
 from paring.passes.base import Pass
 from paring.passes.pattern import Rule
 from paring.passes.rewriter import Context
-from paring.steps import STEPS, Builder
 
 Plant = Callable[[Builder], Node]
 LANES = ("exact", "float", "special")
@@ -86,7 +86,8 @@ def random_inputs(graph: Graph, rng: np.random.Generator, exact: bool = True, sp
         elif kind == "b":
             array = rng.random(shape) < 0.5
         else:
-            sizes = [u.inputs[0].type.shape[u.op.axis] for u in users[node] if isinstance(u.op, index.Gather | index.GatherElements)]
+            lookups = [u for u in users[node] if isinstance(u.op, index.Gather | index.GatherElements)]
+            sizes = [u.inputs[0].type.shape[u.op.axis] for u in lookups]
             array = rng.integers(0, max(1, min(sizes, default=5)), shape)
         arrays.append(np.asarray(array, dtype=node.type.dtype))
     return arrays
@@ -125,6 +126,7 @@ def check_pass(
     size: int = 8,
     fires: int = FIRES,
     lanes: Sequence[str] = LANES,
+    shrinking: bool = True,
 ) -> Report:
     """Hold a pass, or a rule, to its contract on random graphs and on graphs planted with instances of its left-hand side.
 
@@ -147,7 +149,7 @@ def check_pass(
         try:
             check_once(transformation, graph, lane, seed=trial, context=context)
         except ParingError as error:
-            raise _shrunk(transformation, graph, lane, trial, error) from error
+            raise (_shrunk(transformation, graph, lane, trial, error) if shrinking else error) from None
         report.trials += 1
         report.changed += bool(context.rewrites)
         report.fired += len(context.rewrites)
@@ -172,7 +174,8 @@ def check_once(
         raise ContractError(f"{who} changed the type of an output")
     if [n.op for n in after.inputs] != [n.op for n in graph.inputs]:
         raise ContractError(f"{who} changed the inputs")
-    check_round_trip(after, who)
+    if lane == LANES[0]:
+        check_round_trip(after, who)
     if transformation.rules():
         again = Context()
         transformation.run(after, again)
@@ -196,8 +199,7 @@ def check_once(
 def check_round_trip(graph: Graph, who: str = "the graph") -> None:
     """Raise ContractError unless the graph's text parses back to the same text, provenance included."""
     text = show(graph)
-    back = parse(text, arrays_of(graph))
-    if not same(back, graph) or show(back) != text:
+    if show(parse(text, arrays_of(graph))) != text:
         raise ContractError(f"{who} gives a graph whose text does not read back", why=text)
 
 

@@ -71,6 +71,8 @@ class ScaledDotProductAttention(Op):
         if len(values) == 4 and values[3].dtype != bool:
             finite = np.where(np.isfinite(bounds[3]), bounds[3], 0.0)
             scores = scores + finite
+        # A key of no weight passes no error on, not even an infinite one.
+        scores = np.where(share == 0, 0.0, scores)
         spread = share * (1 + scores + (share * scores).sum(3, keepdims=True))
         return spread @ v + share @ bounds[2]
 

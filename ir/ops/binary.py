@@ -123,7 +123,7 @@ class Pow(Binary):
         return np.power(x, y)
 
     def slopes(self, x: Array, y: Array, z: Array) -> tuple[Array, Array]:
-        return y * z / x, z * np.log(np.abs(x))
+        return y * np.power(x, y - 1), np.where(z == 0, 0.0, z * np.log(np.abs(x)))
 
 
 class Maximum(Binary):

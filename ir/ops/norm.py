@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paring.ir.op import Array, Op, Sample, require, wide
+from paring.ir.ops.unary import error_through
 from paring.ir.types import TensorType
 
 
@@ -46,7 +47,7 @@ class BatchNorm(Op):
         rank = result.ndim
         weight, bias, mean, var = (_per_channel(np.abs(wide(v)), rank) for v in values[1:])
         with np.errstate(all="ignore"):
-            return (bounds[0] + mean) * weight / np.sqrt(var + self.eps) + bias
+            return np.maximum(np.abs(result), (bounds[0] + mean) * weight / np.sqrt(var + self.eps) + bias)
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
@@ -191,8 +192,8 @@ class Softmax(Op):
 
     def magnitude(self, result: Array, values: tuple[Array, ...], bounds: tuple[Array, ...]) -> Array:
         y = wide(result)
-        spread = bounds[0] + (y * bounds[0]).sum(self.axis, keepdims=True)
-        return y * (1 + spread)
+        spread = bounds[0] + error_through(y, bounds[0]).sum(self.axis, keepdims=True)
+        return error_through(y, 1 + spread)
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
@@ -213,4 +214,4 @@ class LogSoftmax(Softmax):
 
     def magnitude(self, result: Array, values: tuple[Array, ...], bounds: tuple[Array, ...]) -> Array:
         share = np.exp(wide(result))
-        return np.abs(result) + 1 + bounds[0] + (share * bounds[0]).sum(self.axis, keepdims=True)
+        return np.abs(result) + 1 + bounds[0] + error_through(share, bounds[0]).sum(self.axis, keepdims=True)

@@ -24,9 +24,9 @@ def _sigmoid(x: Array) -> Array:
 
 
 def error_through(slope: Array, bound: Array) -> Array:
-    """|slope| * bound, where a slope of 0 passes no error on, not even an infinite one."""
+    """|slope| * bound, where a slope of 0 passes no error on, not even an infinite one, and no error is made of none."""
     with np.errstate(invalid="ignore"):
-        return np.where(slope == 0, 0.0, np.abs(slope) * bound)
+        return np.where((slope == 0) | (bound == 0), 0.0, np.abs(slope) * bound)
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ class Clamp(Unary):
     low: float = -math.inf
     high: float = math.inf
 
+    def infer(self, *types: TensorType) -> TensorType:
+        require(self.low < math.inf and self.high > -math.inf, "the range is empty or NaN", why=f"{self.low} to {self.high}")
+        return super().infer(*types)
+
     def f(self, x: Array) -> Array:
         y = np.where(x < self.low, np.full_like(x, self.low) if math.isfinite(self.low) else x, x)
         return np.where(y > self.high, np.full_like(x, self.high) if math.isfinite(self.high) else y, y)
@@ -118,8 +122,11 @@ class Elu(Unary):
 
     def slope(self, x: Array, y: Array) -> Array:
         left = self.alpha * self.input_scale * np.exp(np.minimum(x, 0) * self.input_scale)
-        # exp and the subtraction of 1 are rounded at the size of 1, not of their difference.
         return abs(self.scale) * np.where(x > 0, 1.0, np.abs(left))
+
+    def magnitude(self, result: Array, values: tuple[Array, ...], bounds: tuple[Array, ...]) -> Array:
+        # exp and the subtraction of 1 are rounded at the size of 1, not of their difference.
+        return np.maximum(super().magnitude(result, values, bounds), np.where(values[0] > 0, 0.0, abs(self.scale * self.alpha)))
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:

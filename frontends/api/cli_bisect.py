@@ -1,0 +1,166 @@
+"""From a wrong output to the first pass, and the first rewrite, that breaks its contract, on networks of any depth.
+
+The magnitude bound of passes.contract grows with each layer: at the output of ResNet-18 it is 1e19 times the values, and a
+relu turned into abs stays under it. So whole networks are judged by measured noise instead: how far the interpreter's
+float32 is from its float64 on the program as it was imported. Right passes stay within a few times that; wrong ones are
+off by millions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from paring.ir import Graph, interpret
+from paring.ir.errors import ParingError
+from paring.ir.verify import verify
+from paring.passes.base import Pass
+from paring.passes.bisect import Culprit
+from paring.passes.contract import Lossy, allowed_ulps
+from paring.passes.rewriter import Context
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+# A contract bounds rounding in ulps; how it shows at the output is only measured, on one input: room for that.
+MARGIN = 4.0
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What a program means on given inputs, in float64, and for each output the error that float32 rounding alone makes."""
+
+    arrays: Sequence[Array]
+    real: list[Array]
+    noise: list[float]
+
+    @staticmethod
+    def of(graph: Graph, arrays: Sequence[Array]) -> Oracle:
+        real = interpret(graph, arrays, exact_real=True)
+        return Oracle(arrays, real, [_noise(x, y) for x, y in zip(interpret(graph, arrays), real, strict=True)])
+
+    def distance(self, outputs: Sequence[Array]) -> float:
+        """How many times the noise the worst output is off; infinite where NaN or infinities differ."""
+        return max((_apart(x, y) / n for x, y, n in zip(outputs, self.real, self.noise, strict=True)), default=0.0)
+
+    def distance_of(self, graph: Graph) -> float:
+        return self.distance(interpret(graph, self.arrays, exact_real=True))
+
+
+def _noise(rounded: Array, real: Array) -> float:
+    finite = np.abs(real[np.isfinite(real)]).max(initial=0.0)
+    ulp = float(np.spacing(np.float32(min(finite, 3e38)))) if real.dtype.kind == "f" else 0.5
+    return max(_apart(rounded, real), ulp)
+
+
+def _apart(found: Array, real: Array) -> float:
+    if found.shape != real.shape:
+        return float("inf")
+    with np.errstate(all="ignore"):
+        same = (found == real) | (np.isnan(found) & np.isnan(real)) if real.dtype.kind == "f" else found == real
+        apart = np.abs(np.asarray(found, np.float64) - np.asarray(real, np.float64))
+    apart = np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
+    return float(apart.max(initial=0.0))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One pass that changed something, or failed; `allowed` counts from the oracle that it is judged by."""
+
+    step: int
+    transformation: Pass
+    before: Graph
+    after: Graph | None
+    rewrites: int
+    allowed: float
+    error: str = ""
+
+
+def search(
+    graph: Graph, passes: Sequence[Pass], arrays: Sequence[Array], tell: Callable[[str], None] = lambda what: None
+) -> Culprit | None:
+    """The first pass and rewrite that move the result too far; None where there is none.
+
+    Bisects over the passes, then over the rewrites of the first bad one, so it takes about log2(passes * rewrites) runs
+    of the interpreter. A Lossy pass is not judged; what it leaves is the oracle for the passes behind it.
+    """
+    tell("running the passes")
+    stages = _run(graph, passes)
+    while stages:
+        lossy = next((i for i, s in enumerate(stages) if isinstance(s.transformation.contract, Lossy)), len(stages))
+        found = _first_bad(graph, stages[:lossy], arrays, tell)
+        if found is not None:
+            return found
+        if lossy < len(stages):
+            graph = stages[lossy].after or graph
+        stages = stages[lossy + 1 :]
+    return None
+
+
+def _run(graph: Graph, passes: Sequence[Pass]) -> list[_Stage]:
+    stages, allowed = [], 0.0
+    for step, transformation in enumerate(passes, 1):
+        after, context, error = _attempt(transformation, graph, None)
+        lossy = isinstance(transformation.contract, Lossy)
+        spent = 0.0 if lossy else allowed_ulps(transformation.promise(context), len(context.rewrites))
+        allowed = 0.0 if lossy else allowed + spent
+        if context.rewrites or error:
+            stages.append(_Stage(step, transformation, graph, after, len(context.rewrites), allowed, error))
+        if after is None:
+            break
+        graph = after
+    return stages
+
+
+def _attempt(transformation: Pass, graph: Graph, fuel: int | None) -> tuple[Graph | None, Context, str]:
+    context = Context(fuel)
+    try:
+        after = transformation.run(graph, context)
+        verify(after)
+    except ParingError as error:
+        return None, context, str(error)
+    return after, context, ""
+
+
+def _first_bad(graph: Graph, stages: Sequence[_Stage], arrays: Sequence[Array], tell: Callable[[str], None]) -> Culprit | None:
+    if not stages:
+        return None
+    tell("the reference, in float64 and in float32")
+    oracle = Oracle.of(graph, arrays)
+
+    def bad(number: int) -> bool:
+        stage = stages[number]
+        tell(f"after pass {stage.step} {stage.transformation.name}")
+        return stage.after is None or oracle.distance_of(stage.after) > MARGIN * stage.allowed
+
+    last = len(stages) - 1
+    if not bad(last):
+        return None
+    first = _least(-1, last, bad)
+    return _first_rewrite(stages[first], oracle, tell)
+
+
+def _first_rewrite(stage: _Stage, oracle: Oracle, tell: Callable[[str], None]) -> Culprit:
+    def judge(fuel: int) -> tuple[bool, Context, float, str]:
+        tell(f"pass {stage.step} {stage.transformation.name}, rewrite {fuel} of {stage.rewrites}")
+        after, context, error = _attempt(stage.transformation, stage.before, fuel)
+        distance = float("inf") if after is None else oracle.distance_of(after)
+        return bool(error) or distance > MARGIN * stage.allowed, context, distance, error
+
+    number = _least(0, stage.rewrites, lambda fuel: judge(fuel)[0]) if stage.rewrites else 0
+    _, context, distance, error = judge(number)
+    said = error or f"moved the result by {distance:.3g} times its float32 noise, {MARGIN * stage.allowed:g} are allowed"
+    promise = str(stage.transformation.promise(context))
+    rewrite = context.rewrites[-1] if context.rewrites else None
+    return Culprit(stage.step, str(stage.transformation), promise, number, rewrite, None, said)
+
+
+def _least(good: int, bad: int, fails: Callable[[int], bool]) -> int:
+    """The least number that fails, given one that does not and one that does."""
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (good, middle) if fails(middle) else (middle, bad)
+    return bad

@@ -1,0 +1,181 @@
+"""`paring run` and `paring inspect`: a saved network, or a model compiled on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paring.cli_frame import Report, Tell, progress, table, text
+from paring.cli_options import Device, Seed, TargetName
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+def run(
+    what: Annotated[str, typer.Argument(metavar="PATH|MODEL", help="A saved network, or a model.", show_default=False)],
+    input: Annotated[list[Path] | None, typer.Option("--input", "-i", help="An input as .npy; one for each, in order.")] = None,
+    seed: Seed = 0,
+    repeat: Annotated[int, typer.Option(min=0, help="Time this many calls.")] = 0,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each result here, as .npy.")] = None,
+    target: TargetName = "native",
+    device: Device = "",
+    threads: Annotated[int, typer.Option(min=0, help="Threads to use; 0: one for each core.")] = 0,
+) -> Report:
+    """Call a network, on your inputs or on random ones, and show what comes out; with --repeat, also how fast.
+
+    A model is compiled first and, without --input, called with its own example inputs.
+    """
+    import paring
+
+    if threads:
+        paring.set_num_threads(threads)
+    with progress() as tell:
+        net, args, kwargs = _load(what, input or (), seed, target, device, tell)
+        tell("running", 0, 0)
+        results = dict(leaves(net(*args, **kwargs)))
+        times = _time(net, args, kwargs, repeat, tell)
+    written = _write(results, output) if output is not None else []
+    described = [{"name": name, **_describe(array)} for name, array in results.items()]
+    columns = ("output", "dtype", "shape", ">min", ">max", ">mean", ">not finite")
+    rows = [tuple(entry.values()) for entry in described]
+    view: list[Any] = [table("", columns, [[_brief(cell) for cell in row] for row in rows])]
+    if times:
+        view.append(
+            text("{calls} calls: median {median_ms:.3f} ms, fastest {min_ms:.3f} ms, mean {mean_ms:.3f} ms".format(**times))
+        )
+    view += [text(f"wrote {path}") for path in written]
+    data = {"network": what, "target": net.target.name, "outputs": described, "times": times, "written": written}
+    return Report(data, view)
+
+
+def _load(
+    what: str, inputs: Sequence[Path], seed: int, target: str, device: str, tell: Tell
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The network and the inputs of its call."""
+    import paring
+    from paring.cli_inputs import load_model, random_arrays, read_arrays
+
+    given = read_arrays(inputs)
+    if _is_artifact(what):
+        tell(f"loading {what}", 0, 0)
+        net = paring.load(what, device=device)
+        return net, tuple(given or random_arrays([node.type for node in net.graph.inputs], seed)), {}
+    tell(f"reading {what}", 0, 0)
+    example = load_model(what, seed)
+    net = paring.compile(example.model, example.args, example.kwargs, target=target, device=device, progress=tell)
+    return (net, tuple(given), {}) if given else (net, as_arrays(example.args), as_arrays(example.kwargs))
+
+
+def _is_artifact(what: str) -> bool:
+    path = Path(what)
+    return path.suffix == ".paring" or path.is_dir()
+
+
+def as_arrays(value: Any) -> Any:
+    """The same structure with numpy arrays in place of torch tensors."""
+    if isinstance(value, Mapping):
+        return {key: as_arrays(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(as_arrays, value)) if type(value) in (tuple, list) else value
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
+    """The arrays in a result with their places, like `logits` or `0.past.1`."""
+    import numpy as np
+
+    prefix = f"{name}." if name else ""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from leaves(item, f"{prefix}{key}")
+    elif isinstance(value, tuple | list):
+        for position, item in enumerate(value):
+            yield from leaves(item, f"{prefix}{position}")
+    elif value is not None:
+        yield name or "output", np.asarray(value.detach() if hasattr(value, "detach") else value)
+
+
+def _describe(array: Array) -> dict[str, Any]:
+    import numpy as np
+
+    numbers = array.astype(np.float64)
+    finite = numbers[np.isfinite(numbers)]
+    low, high, mean = (float(f(finite)) for f in (np.min, np.max, np.mean)) if finite.size else (None, None, None)
+    shape = list(array.shape)
+    bad = array.size - finite.size
+    return {"dtype": array.dtype.name, "shape": shape, "min": low, "max": high, "mean": mean, "not_finite": bad}
+
+
+def _brief(cell: object) -> object:
+    return f"{cell:.6g}" if isinstance(cell, float) else ("-" if cell is None else cell)
+
+
+def _time(net: Any, args: tuple[Any, ...], kwargs: dict[str, Any], repeat: int, tell: Tell) -> dict[str, float] | None:
+    from statistics import mean, median
+    from time import perf_counter
+
+    if not repeat:
+        return None
+    times = []
+    for turn in range(repeat):
+        start = perf_counter()
+        net(*args, **kwargs)
+        times.append((perf_counter() - start) * 1e3)
+        if turn % max(repeat // 100, 1) == 0:
+            tell("running", turn, repeat)
+    return {"calls": repeat, "median_ms": median(times), "min_ms": min(times), "mean_ms": mean(times)}
+
+
+def _write(results: Mapping[str, Array], folder: Path) -> list[Path]:
+    """Names of outputs come from the model: in file names only letters, digits and a few marks of theirs are kept."""
+    import re
+
+    import numpy as np
+
+    from paring.errors import ArgumentError
+
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for position, (name, array) in enumerate(results.items()):
+            safe = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
+            path = folder / f"{position:03d}_{safe}.npy"
+            np.save(path, array, allow_pickle=False)
+            written.append(path)
+    except OSError as error:
+        raise ArgumentError(f"cannot write to {folder}", why=str(error), hint="give a folder that you may write to") from None
+    return written
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A saved network, NAME.paring.", show_default=False)],
+    ir: Annotated[bool, typer.Option("--ir", help="Show the program itself.")] = False,
+) -> Report:
+    """Look into a saved network: versions, target, inputs, outputs, files and their hashes. Runs nothing of it."""
+    import paring
+
+    data = paring.inspect(path)
+    if ir:
+        program = (path / "graph.ir").read_text()
+        return Report({**data, "ir": program}, [text(program)])
+    return Report(data, [table(str(path), ("", ""), list(flat(data)))])
+
+
+def flat(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested data as rows of a dotted name and a value."""
+    if isinstance(data, Mapping) and data:
+        for key, value in data.items():
+            yield from flat(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(data, list | tuple) and any(isinstance(value, Mapping | list | tuple) for value in data):
+        for position, value in enumerate(data):
+            yield from flat(value, f"{name}[{position}]")
+    elif isinstance(data, list | tuple):
+        yield name, ", ".join(map(str, data))
+    else:
+        yield name, "" if data is None else str(data)

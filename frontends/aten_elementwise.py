@@ -324,6 +324,25 @@ def erfc(b: Builder, x: Node) -> Node:
     return b.apply(SUB, 1.0, b.node(un.Erf(), b.cast(x, b.type.dtype)))
 
 
+def cosh(b: Builder, x: Node) -> Node:
+    up, down = (b.node(un.Exp(), n) for n in (x, b.node(un.Neg(), x)))
+    return b.apply(MUL, b.node(ADD, up, down), 0.5)
+
+
+def sinh(b: Builder, x: Node) -> Node:
+    """(exp(|x|) - 1 - (exp(-|x|) - 1)) / 2 with the sign of x, so that nothing cancels near 0."""
+    size = b.node(un.Abs(), x)
+    half = b.apply(MUL, b.node(SUB, expm1(b, size), b.node(un.Elu(), b.node(un.Neg(), size))), 0.5)
+    return b.where(b.apply(bi.Less(), x, 0.0), b.node(un.Neg(), half), half)
+
+
+def fmax(op: Op, b: Builder, x: Operand, y: Operand) -> Node:
+    """The greater (or lesser) one, where a NaN loses against a number."""
+    left, right = b.together(x, y)
+    best = b.where(isnan(b, left), right, b.node(op, left, right))
+    return b.where(isnan(b, right), left, best)
+
+
 def isnan(b: Builder, x: Node) -> Node:
     return b.node(bi.NotEqual(), x, x)
 
@@ -398,6 +417,10 @@ TABLE: Table = {
     "aten.log10.default": partial(scaled_by, 1 / math.log(10), un.Log()),
     "aten.tan.default": tan,
     "aten.erfc.default": erfc,
+    "aten.cosh.default": cosh,
+    "aten.sinh.default": sinh,
+    "aten.fmax.default": partial(fmax, bi.Maximum()),
+    "aten.fmin.default": partial(fmax, bi.Minimum()),
     "aten.isnan.default": isnan,
     "aten.isinf.default": isinf,
 }

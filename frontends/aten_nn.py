@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from paring.ir.ops.resize import Resize
 
 Ints = Sequence[int]
 SAVED = Missing("values kept for training are not computed")
+NO_INDICES = Missing("the indices of max pooling are not supported")
 
 
 # --- convolutions ---------------------------------------------------------------------------------------------------
@@ -159,6 +161,16 @@ def add_summed_product(b: Builder, x: Node, y: Node, z: Node, beta: float = 1, a
     return add_product(b, x, left, b.reshape(z, (count * inner, z.type.shape[2])), beta, alpha)
 
 
+def bilinear(b: Builder, x: Node, y: Node, weight: Node, bias: Node | None = None) -> Node:
+    """sum over i, j of x[i] weight[o, i, j] y[j]: one linear layer, then one product with y for each row."""
+    out, left, right = weight.type.shape
+    flat = b.reshape(b.transpose(weight, (0, 2, 1)), (out * right, left))
+    rows = b.reshape(b.node(ln.Linear(), x, flat), (-(-x.type.size // max(left, 1)), out, right))
+    column = b.reshape(y, (rows.type.shape[0], right, 1))
+    result = b.reshape(b.node(ln.Matmul(), rows, column), b.type.shape)
+    return result if bias is None else b.apply(ADD, result, bias)
+
+
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +301,7 @@ def max_pool(
 
 
 def max_pool_with_indices(spatial: int, b: Builder, *args: object) -> tuple[Node, Missing]:
-    return max_pool(spatial, b, *args), Missing("the indices of max_pool2d are not supported")  # type: ignore[arg-type]
+    return max_pool(spatial, b, *args), NO_INDICES  # type: ignore[arg-type]
 
 
 def avg_pool(
@@ -303,12 +315,49 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor: int | None = None,
 ) -> Node:
-    kernels, strides, pads = window(spatial, kernel, stride, padding)
-    if divisor is not None and ceil_mode:
-        raise Unsupported("avg_pool2d with both ceil_mode and divisor_override")
-    op = pl.AvgPool2d(kernels, strides, pads, ceil_mode=ceil_mode, count_include_pad=count_include_pad or divisor is not None)
-    y = b.reshape(b.node(op, images(b, x, spatial)), b.type.shape)
-    return y if divisor is None else b.apply(MUL, y, prod(kernels) / divisor)
+    source = images(b, x, spatial)
+    op = pl.AvgPool2d(*window(spatial, kernel, stride, padding), ceil_mode=ceil_mode, count_include_pad=count_include_pad)
+    y = b.node(op, source)
+    if divisor is not None:
+        y = b.apply(MUL, y, b.constant((op.divisors(*source.type.shape[2:]) / divisor).astype(y.type.dtype)))
+    return b.reshape(y, b.type.shape)
+
+
+def volume_pool(op: type[pl.MaxPool2d] | type[pl.AvgPool2d], b: Builder, x: Node, *settings: Any) -> Node:
+    """Pooling of volumes: windows are boxes, so the images first, then their sequence along the depth."""
+    kernel, stride, padding, dilation, ceil_mode, include = _volume_settings(op, *settings)
+    x = b.unsqueezed(x, [0]) if x.type.rank == 4 else x
+    n, c, d, h, w = x.type.shape
+    extra = {"count_include_pad": include} if op is pl.AvgPool2d else {}
+    flat = b.reshape(x, (n * c, d, h, w))
+    image = op(kernel[1:], stride[1:], padding[1:], dilation[1:], ceil_mode, **extra)
+    flat = b.node(image, flat)
+    _, _, oh, ow = flat.type.shape
+    depth = op((kernel[0], 1), (stride[0], 1), (padding[0], 0), (dilation[0], 1), ceil_mode, **extra)
+    return b.reshape(b.node(depth, b.reshape(flat, (n, c, d, oh * ow))), b.type.shape)
+
+
+def _volume_settings(
+    op: type[pl.Pool2d],
+    kernel: Ints,
+    stride: Ints | None = None,
+    padding: int | Ints = 0,
+    dilation: int | Ints | bool = 1,
+    ceil_mode: bool = False,
+    include: Any = None,
+    divisor: int | None = None,
+) -> tuple[Any, ...]:
+    """(kernel, stride, padding, dilation, ceil_mode, count_include_pad), triples first; avg_pool3d has no dilation."""
+    if op is pl.AvgPool2d:
+        dilation, ceil_mode, include, divisor = 1, bool(dilation), ceil_mode, include
+    if divisor is not None:
+        raise Unsupported("avg_pool3d with divisor_override")
+
+    def triple(value: int | Ints) -> tuple[int, ...]:
+        listed = [value] if isinstance(value, int) else list(value)
+        return tuple(listed * 3)[:3] if len(listed) == 1 else tuple(listed)
+
+    return triple(kernel), triple(stride or kernel), triple(padding), triple(dilation), ceil_mode, include
 
 
 def adaptive_avg_pool(spatial: int, b: Builder, x: Node, size: Ints) -> Node:
@@ -317,12 +366,16 @@ def adaptive_avg_pool(spatial: int, b: Builder, x: Node, size: Ints) -> Node:
 
 
 def adaptive_max_pool(spatial: int, b: Builder, x: Node, size: Ints) -> tuple[Node, Missing]:
-    """Ordinary max pooling where all windows have one size."""
+    """Ordinary max pooling where all windows have one size, else window by window along each dimension."""
     source, out = images(b, x, spatial), spread(size, spatial, 1)
-    if any(s % o for s, o in zip(source.type.shape[2:], out, strict=True)):
-        raise Unsupported(f"adaptive_max_pool to {tuple(out)} does not divide {source.type.shape[2:]} evenly")
-    kernel = pair([s // o for s, o in zip(source.type.shape[2:], out, strict=True)])
-    return b.reshape(b.node(pl.MaxPool2d(kernel, kernel), source), b.type.shape), Missing("the indices of max pooling")
+    if not any(s % o for s, o in zip(source.type.shape[2:], out, strict=True)):
+        kernel = pair([s // o for s, o in zip(source.type.shape[2:], out, strict=True)])
+        return b.reshape(b.node(pl.MaxPool2d(kernel, kernel), source), b.type.shape), NO_INDICES
+    for axis, count in zip((2, 3), out, strict=True):
+        total = source.type.shape[axis]
+        windows = [b.slice(source, axis, i * total // count, -(-(i + 1) * total // count)) for i in range(count)]
+        source = b.concat([b.node(rd.Max((axis,), True), w) for w in windows], axis)
+    return b.reshape(source, b.type.shape), NO_INDICES
 
 
 # --- resizing -------------------------------------------------------------------------------------------------------
@@ -445,6 +498,7 @@ TABLE: Table = {
     **{f"aten.{name}.default": matmul for name in ("matmul", "mm", "bmm", "mv")},
     **{f"aten.{name}.default": add_product for name in ("addmm", "baddbmm", "addmv")},
     "aten.addbmm.default": add_summed_product,
+    "aten.bilinear.default": bilinear,
     "aten.dot.default": dot,
     "aten.vdot.default": dot,
     "aten._native_batch_norm_legit_no_training.default": batch_norm_inference,
@@ -462,6 +516,8 @@ TABLE: Table = {
     **{f"aten.max_pool{d}d.default": partial(max_pool, d) for d in (1, 2)},
     **{f"aten.max_pool{d}d_with_indices.default": partial(max_pool_with_indices, d) for d in (1, 2)},
     **{f"aten.avg_pool{d}d.default": partial(avg_pool, d) for d in (1, 2)},
+    "aten.max_pool3d.default": partial(volume_pool, pl.MaxPool2d),
+    "aten.avg_pool3d.default": partial(volume_pool, pl.AvgPool2d),
     **{f"aten.adaptive_avg_pool{d}d.default": partial(adaptive_avg_pool, d) for d in (1, 2)},
     "aten._adaptive_avg_pool2d.default": partial(adaptive_avg_pool, 2),
     **{f"aten.adaptive_max_pool{d}d.default": partial(adaptive_max_pool, d) for d in (1, 2)},

@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from paring.frontends.aten_builder import (
     Builder,
+    Converted,
+    Converter,
     DataDependent,
     Missing,
     Operand,
@@ -79,7 +82,9 @@ def topk(b: Builder, x: Node, count: int, axis: int = -1, largest: bool = True, 
     return extreme_with_index(1 if largest else -1, b, x, axis, True)
 
 
-def variance(b: Builder, x: Node, axes: Axes, correction: float | None, keepdim: bool) -> tuple[Node, Node]:
+def variance(
+    b: Builder, x: Node, axes: Axes = None, correction: float | None = None, keepdim: bool = False
+) -> tuple[Node, Node]:
     """(variance, mean): the mean of squared distances, rescaled by the correction (Bessel's by default)."""
     where = axes_of(axes, x.type.rank)
     count = prod(x.type.shape[a] for a in where)
@@ -98,17 +103,32 @@ def std(b: Builder, x: Node, axes: Axes = None, correction: float | None = None,
     return b.node(un.Sqrt(), var(b, x, axes, correction, keepdim))
 
 
-def var_mean(
-    b: Builder, x: Node, axes: Axes = None, correction: float | None = None, keepdim: bool = False
-) -> tuple[Node, Node]:
-    return variance(b, x, axes, correction, keepdim)
-
-
 def std_mean(
     b: Builder, x: Node, axes: Axes = None, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Node, Node]:
     found, mean = variance(b, x, axes, correction, keepdim)
     return b.node(un.Sqrt(), found), mean
+
+
+def unbiased(whole: bool, convert: Converter, b: Builder, x: Node, *args: Any) -> Converted:
+    """The older overloads: (x, unbiased) of everything, and (x, axes, unbiased, keepdim)."""
+    axes, flag, keepdim = (None, *args, False) if whole else args
+    return convert(b, x, axes, float(flag), keepdim)
+
+
+def product(b: Builder, x: Node, axis: int | None = None, keepdim: bool = False, *_: object) -> Node:
+    """Halves multiplied with each other until one element is left."""
+    shape, dtype = b.type.shape, b.type.dtype
+    x = b.cast(x, dtype)
+    x = b.reshape(x, (x.type.size,)) if axis is None or not x.type.rank else x
+    axis = axis_of(axis or 0, x.type.rank)
+    if not x.type.shape[axis]:
+        return b.full(shape, 1, dtype)
+    while (size := x.type.shape[axis]) > 1:
+        half = size // 2
+        both = b.node(MUL, b.slice(x, axis, 0, half), b.slice(x, axis, half, 2 * half))
+        x = b.concat([both, b.slice(x, axis, 2 * half, size)], axis) if size % 2 else both
+    return b.reshape(x, shape)
 
 
 def vector_norm(b: Builder, x: Node, order: float = 2, axes: Axes = None, keepdim: bool = False, *_: object) -> Node:
@@ -265,7 +285,14 @@ TABLE: Table = {
     **{f"aten.all.{overload}": partial(truth, rd.Min) for overload in ("default", "dim", "dims")},
     "aten.var.correction": var,
     "aten.std.correction": std,
-    "aten.var_mean.correction": var_mean,
+    "aten.var_mean.correction": variance,
+    **{
+        f"aten.{name}.{overload}": partial(unbiased, overload == "default", convert)
+        for name, convert in (("var", var), ("std", std), ("var_mean", variance), ("std_mean", std_mean))
+        for overload in ("default", "dim")
+    },
+    "aten.prod.default": product,
+    "aten.prod.dim_int": product,
     "aten.std_mean.correction": std_mean,
     "aten.linalg_vector_norm.default": vector_norm,
     "aten.norm.ScalarOpt_dim": norm,

@@ -269,6 +269,10 @@ def new_full(b: Builder, x: Node, size: Ints, value: Operand, *_: object) -> Nod
     return b.broadcast(b.operand(value, b.type.dtype), b.type.shape)
 
 
+def size_of(b: Builder, x: Node, axis: int) -> int:
+    return x.type.shape[axis]
+
+
 SAME = (
     *("clone", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy", "contiguous", "lift", "dropout", "alias_copy"),
     *("feature_dropout", "alpha_dropout", "feature_alpha_dropout", "positive", "resolve_conj", "resolve_neg", "detach_copy"),
@@ -333,4 +337,5 @@ TABLE: Table = {
     "aten.new_full.default": new_full,
     "aten.fill.Scalar": full_like,
     "aten.fill.Tensor": full_like,
+    "aten.sym_size.int": size_of,
 }

@@ -129,6 +129,8 @@ class Importer:
         name, loc = operator_name(node.target), loc_of(node)
         if node.target is operator.getitem:
             return args[0] if isinstance(args[0], Missing) else args[0][args[1]]
+        if getattr(target := node.target, "__module__", "") == "_operator" and not any(isinstance(a, Node | Missing) for a in args):
+            return target(*args)  # type: ignore[operator]
         if name.rpartition(".")[2] in INLINED and _harmless(name, args):
             body = next(i for i, a in enumerate(args) if isinstance(a, torch.fx.GraphModule))
             return tuple(self._run(args[body], args[body + 1 :]))
@@ -224,18 +226,12 @@ def bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, A
     return bound
 
 
-def static_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape in plain ints. Raises Unsupported where it is symbolic."""
-    if not all(isinstance(s, int) for s in tensor.shape):
-        raise Unsupported(f"its shape {tuple(map(str, tensor.shape))} is not static")
-    return tuple(tensor.shape)
-
-
 def result_types(node: torch.fx.Node) -> tuple[TensorType | None, ...]:
-    """What torch says about the results of a node, None for those that are not tensors."""
+    """What torch says about the results of a node, None for those that are not tensors of a static shape."""
     value = node.meta.get("val")
     listed = value if isinstance(value, list | tuple) else (value,)
-    return tuple(TensorType(dtype_name(v.dtype), static_shape(v)) if isinstance(v, torch.Tensor) else None for v in listed)
+    static = [isinstance(v, torch.Tensor) and all(isinstance(s, int) for s in v.shape) for v in listed]
+    return tuple(TensorType(dtype_name(v.dtype), tuple(v.shape)) if s else None for v, s in zip(listed, static, strict=True))
 
 
 def input_type(node: torch.fx.Node) -> tuple[str, tuple[int, ...]]:

@@ -24,6 +24,7 @@ from paring.frontends.structure import Imported, Signature, Tree
 from paring.ir import Input
 from paring.ir.errors import ArgumentError, InternalError, ModelError
 
+Decompositions = dict[Any, Callable[..., Any]]
 DECOMPOSITION_ROUNDS = 6
 # The argument that says "training" in each operator that behaves differently then.
 TRAINING: dict[str, str] = {
@@ -78,25 +79,32 @@ def lower(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
 
     Raises ModelError where torch itself fails.
     """
-    chosen: dict[Any, Callable[..., Any]] = {}
+    chosen: Decompositions = {}
+    refused: set[Any] = set()
     for _ in range(DECOMPOSITION_ROUNDS):
-        chosen |= _decompositions(program, chosen)
+        added = _decompositions(program, {*chosen, *refused})
         try:
-            program = program.run_decompositions(dict(chosen))
+            program = program.run_decompositions({**chosen, **added})
         except Exception as error:
-            raise _model_error(error) from error
-        if not _decompositions(program, chosen):
+            # Not all of torch's reference decompositions can be traced: without them the operator is just unsupported.
+            references = {op for op in added if op not in _torch_table()}
+            if not references:
+                raise _model_error(error) from error
+            refused |= references
+            continue
+        chosen |= added
+        if not _decompositions(program, {*chosen, *refused}):
             return program
     return program
 
 
-def _decompositions(program: torch.export.ExportedProgram, chosen: Mapping[Any, Any]) -> dict[Any, Callable[..., Any]]:
+def _decompositions(program: torch.export.ExportedProgram, seen: set[Any]) -> Decompositions:
     """torch's decompositions of those operators in the program that the table lacks."""
-    found: dict[Any, Callable[..., Any]] = {}
+    found: Decompositions = {}
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             op = node.target
-            if isinstance(op, torch._ops.OpOverload) and op not in found and op not in chosen and operator_name(op) not in TABLE:
+            if isinstance(op, torch._ops.OpOverload) and op not in found and op not in seen and operator_name(op) not in TABLE:
                 decomposition = _decomposition(op)
                 if decomposition is not None:
                     found[op] = decomposition

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from paring.ir import Graph, interpret, magnitude_bound
-from paring.ir.errors import ContractError
+from paring.ir.errors import ContractError, ParseError
 from paring.ir.op import Array
 
 EPS32 = float(np.finfo(np.float32).eps)
@@ -49,6 +50,17 @@ class Lossy:
 
 
 Contract = Exact | Close | Lossy
+
+
+def parse_contract(text: str) -> Contract:
+    """The inverse of `str`. Raises ParseError."""
+    if text == "Exact":
+        return Exact()
+    if match := re.fullmatch(r"Close\(([0-9.e+-]+)\)", text):
+        return Close(float(match[1]))
+    if match := re.fullmatch(r"Lossy\((.*), ([0-9.e+-]+)\)", text):
+        return Lossy(match[1], float(match[2]))
+    raise ParseError(f"{text!r} is not a contract")
 
 
 def compose(contracts: Sequence[Contract]) -> Contract:

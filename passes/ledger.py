@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.core import Const, Region
 from paring.ir.ops.shape import Reshape
-from paring.passes.contract import Contract, compose
+from paring.passes.contract import Contract, compose, parse_contract
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,16 @@ class Ledger:
             for entry in entries:
                 del entry["seconds"]
         return {"contract": str(self.contract), "entries": entries}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Ledger:
+        """The inverse of `as_json`; times that were left out are 0. Raises KeyError or TypeError for other data."""
+        entries = []
+        for plain in data["entries"]:
+            sizes = {side: Size(**plain[side]) for side in ("before", "after")}
+            contract = parse_contract(plain["contract"])
+            entries.append(Entry(**{"seconds": 0.0, **plain, **sizes, "contract": contract}))
+        return Ledger(entries)
 
     def __str__(self) -> str:
         lines = [

@@ -195,29 +195,36 @@ class _Tile:
         ahead = Ahead.of(k, weights, next_slab, slab * self.blocks, self.turns * s.in_blocks)
         with k.loop(s.in_blocks) as ci:
             ahead.step(self.turn * s.in_blocks + ci)
-            tap = 0
-            for reached, same in groupby(self.tile.kind):
-                count = len(list(same))
-                if reached:
-                    self._taps(ci, (low, high), range(tap, tap + count), reached)
-                tap += count
+            self._accumulate(ci, low, high)
         for i in range(self.tile.width):
             for j in range(self.blocks):
                 finish(k, self.anchor, self._index(i, j), self.sums.value(i, j))
 
-    def _taps(self, ci: Scalar, rows: tuple[Scalar, Scalar], taps: range, reached: range) -> None:
-        """Kernel columns `taps` of a range of kernel rows, over one block of input channels, into the columns reached."""
+    def _accumulate(self, ci: Scalar, low: Scalar, high: Scalar) -> None:
+        """All taps of the kernel rows [low, high) over one block of input channels."""
         k, s = self.kernel, self.shape
-        low, high = rows
         if s.block_in == 1:
             # The rows are innermost: their number is not static, so LLVM does not unroll the taps and spill what they share.
-            with k.loop(len(taps)) as tap, k.loop(high, start=low) as kh:
-                self._multiply(ci, kh, taps.start, tap, 0, reached)
+            for taps, reached in self._strips():
+                with k.loop(len(taps)) as tap, k.loop(high, start=low) as kh:
+                    self._multiply(ci, kh, taps.start, tap, 0, reached)
             return
-        # Neighbouring taps read neighbouring pixels and weights, so without dilation one loop runs over all of them.
-        inner = s.block_in * (len(taps) if s.dilation[1] == 1 else 1)
-        with k.loop(high, start=low) as kh, k.loop(len(taps) * s.block_in // inner) as tap, k.loop(inner) as lane:
-            self._multiply(ci, kh, taps.start, tap, lane, reached)
+        with k.loop(high, start=low) as kh:
+            for taps, reached in self._strips():
+                # Neighbouring taps read neighbouring pixels and weights, so without dilation one loop runs over all of them.
+                inner = s.block_in * (len(taps) if s.dilation[1] == 1 else 1)
+                with k.loop(len(taps) * s.block_in // inner) as tap, k.loop(inner) as lane:
+                    self._multiply(ci, kh, taps.start, tap, lane, reached)
+
+    def _strips(self) -> list[tuple[range, range]]:
+        """Neighbouring taps that reach the same columns of the tile, with these columns."""
+        strips, tap = [], 0
+        for reached, same in groupby(self.tile.kind):
+            taps = range(tap, tap + len(list(same)))
+            tap = taps.stop
+            if reached:
+                strips.append((taps, reached))
+        return strips
 
     def _multiply(self, ci: Scalar, kh: Scalar, first: int, tap: Scalar, lane: Scalar, reached: range) -> None:
         """One input channel, number `lane` of its block, at tap first + `tap` of a kernel row; lanes run on into the next tap."""

@@ -1,0 +1,75 @@
+"""Where the time of a network goes: each kernel with its work, its bytes, its share of what the machine can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from paring.backends.runtime import KernelTime, bandwidth, get_num_threads, peak_flops
+from paring.ir.errors import ArgumentError
+from paring.ir.op import Array
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel call. `bound` is what limits it, "flops" or "bytes"; `share` how much of that limit it reaches."""
+
+    kernel: KernelTime
+    bound: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All kernels of a network in order. Peaks are measured on this host with the same threads: FLOP/s and bytes/s.
+
+    Kernels are timed one by one on the network's own data; caches are as warm as the call before leaves them.
+    """
+
+    rows: tuple[Row, ...]
+    threads: int
+    peak_flops: float
+    peak_bandwidth: float
+
+    @property
+    def milliseconds(self) -> float:
+        return sum(row.kernel.ns for row in self.rows) / 1e6
+
+    def as_json(self) -> dict[str, Any]:
+        rows = []
+        for row in self.rows:
+            plain = asdict(row.kernel)
+            plain["loc"] = str(row.kernel.loc) if row.kernel.loc else ""
+            rows.append({**plain, "bound": row.bound, "share": row.share})
+        head = {"threads": self.threads, "peak_flops": self.peak_flops, "peak_bandwidth": self.peak_bandwidth}
+        return {**head, "milliseconds": self.milliseconds, "kernels": rows}
+
+    def __str__(self) -> str:
+        total = sum(row.kernel.ns for row in self.rows)
+        lines = [f"{'us':>9} {'%':>5} {'GFLOP/s':>8} {'GB/s':>6} {'share of peak':>14}  {'kernel':<14} where in the model"]
+        for row in self.rows:
+            k = row.kernel
+            share = f"{row.share:.0%} {row.bound}"
+            lines.append(
+                f"{k.ns / 1e3:>9.1f} {k.ns / total * 100:>5.1f} {2 * k.macs / k.ns:>8.1f} {k.bytes / k.ns:>6.1f} {share:>14}"
+                f"  {k.kind:<14} {k.loc or ''}"
+            )
+        peaks = f"{self.peak_flops / 1e9:.0f} GFLOP/s and {self.peak_bandwidth / 1e9:.0f} GB/s"
+        lines.append(f"{total / 1e3:>9.1f} in all, {self.threads} threads; this host reaches {peaks}")
+        return "\n".join(lines)
+
+
+def profile(executable: Any, inputs: Sequence[Array], repeats: int) -> Profile:
+    """Time each kernel of an executable of this host. Raises ArgumentError for one that runs elsewhere."""
+    if not hasattr(executable, "profile"):
+        raise ArgumentError("only networks that run on this host can be profiled", hint="compile for target='native'")
+    threads = get_num_threads()
+    target = executable.built.target
+    flops, bytes_per_second = peak_flops(target, threads), bandwidth(target, threads)
+    rows = []
+    for kernel in executable.profile(inputs, repeats):
+        for_flops, for_bytes = 2 * kernel.macs / flops * 1e9, kernel.bytes / bytes_per_second * 1e9
+        bound, least = ("flops", for_flops) if for_flops > for_bytes else ("bytes", for_bytes)
+        rows.append(Row(kernel, bound, least / max(kernel.ns, 1.0)))
+    return Profile(tuple(rows), threads, flops, bytes_per_second)

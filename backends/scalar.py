@@ -78,6 +78,21 @@ def is_number(x: Value) -> Value:
     return tirx.Not(tirx.isnan(x))
 
 
+def equal(x: Value, y: Value) -> Value:
+    """TVM compares bools as if they were floats, which LLVM refuses."""
+    if dtype_of(x) == "bool":
+        x, y = cast(x, "int8"), cast(y, "int8")
+    return tirx.EQ(x, y)
+
+
+def not_equal(x: Value, y: Value) -> Value:
+    """True where either is NaN: TVM's own comparison is false there."""
+    if not is_float(x):
+        return tirx.Not(equal(x, y))
+    x, y = bind(x), bind(y)
+    return tirx.Or(tirx.NE(x, y), tirx.Or(tirx.isnan(x), tirx.isnan(y)))
+
+
 def _compare(plain: Callable[[Value, Value], Value], on_equal: bool) -> ScalarRule:
     def rule(op: Op, x: Value, y: Value) -> Value:
         if is_float(x) and same(x, y):
@@ -85,10 +100,6 @@ def _compare(plain: Callable[[Value, Value], Value], on_equal: bool) -> ScalarRu
         return plain(x, y)
 
     return rule
-
-
-def _not_equal(op: Op, x: Value, y: Value) -> Value:
-    return tirx.isnan(x) if is_float(x) and same(x, y) else x != y
 
 
 def _relu(op: Op, x: Value) -> Value:
@@ -135,7 +146,7 @@ def _sign(op: Op, x: Value) -> Value:
     x = bind(x)
     zero = full(x, 0)
     # The last branch keeps NaN and makes -0.0 into 0.0.
-    rest = tirx.Select(x == zero, zero, x)
+    rest = tirx.Select(equal(x, zero), zero, x)
     below = tirx.Select(x < zero, full(x, -1), rest) if dtype_of(x) != "uint8" else rest
     return tirx.Select(x > zero, full(x, 1), below)
 
@@ -158,14 +169,14 @@ def _float_division(x: Value, y: Value) -> tuple[Value, Value]:
     x, y = bind(cast(x, "float64")), bind(cast(y, "float64"))
     zero, one = full(x, 0.0), full(x, 1.0)
     rest = bind(libm("fmod", x, y))
-    crosses = bind(tirx.And(rest != zero, (y < zero) != (rest < zero)))
-    modulus = tirx.Select(crosses, add(rest, y), tirx.Select(rest == zero, libm("copysign", zero, y), rest))
+    crosses = bind(tirx.Or(tirx.And(rest < zero, y > zero), tirx.And(rest > zero, y < zero)))
+    modulus = tirx.Select(crosses, add(rest, y), tirx.Select(equal(rest, zero), libm("copysign", zero, y), rest))
     whole = bind(sub(div(sub(x, rest), y), tirx.Select(crosses, one, zero)))
     floor = bind(tirx.floor(whole))
     floor = bind(tirx.Select(sub(whole, floor) > full(x, 0.5), add(floor, one), floor))
     ratio = bind(div(x, y))
-    quotient = tirx.Select(whole != zero, floor, libm("copysign", zero, ratio))
-    by_zero = y == zero
+    quotient = tirx.Select(equal(whole, zero), libm("copysign", zero, ratio), floor)
+    by_zero = bind(equal(y, zero))
     return cast(tirx.Select(by_zero, ratio, quotient), dtype), cast(tirx.Select(by_zero, rest, modulus), dtype)
 
 
@@ -173,13 +184,13 @@ def _integer_division(x: Value, y: Value) -> tuple[Value, Value]:
     """Floor division and remainder; a divisor of 0 gives 0, as in numpy, and nothing traps."""
     x, y = bind(x), bind(y)
     zero, one = full(x, 0), full(x, 1)
-    by_zero = y == zero
+    by_zero = bind(equal(y, zero))
     if dtype_of(x) == "uint8":
         safe = bind(tirx.Select(by_zero, one, y))
         quotient, rest = tirx.floordiv(x, safe), tirx.floormod(x, safe)
     else:
         # The least integer divided by -1 overflows, which is a trap on x86.
-        by_minus_one = y == full(x, -1)
+        by_minus_one = equal(y, full(x, -1))
         safe = bind(tirx.Select(tirx.Or(by_zero, by_minus_one), one, y))
         quotient = tirx.Select(by_minus_one, zero - x, tirx.floordiv(x, safe))
         rest = tirx.floormod(x, safe)
@@ -204,7 +215,7 @@ def _pow(op: Op, x: Value, y: Value) -> Value:
 def _cast(op: unary.Cast, x: Value) -> Value:
     source, target = DTYPES[dtype_of(x)], DTYPES[op.dtype]
     if target.kind == "bool":
-        return x if source.kind == "bool" else x != full(x, 0)
+        return x if source.kind == "bool" else not_equal(x, full(x, 0))
     if source.kind == "float" and target.kind != "float" and target.bits < 32:
         # As C does it: by way of int.
         return cast(cast(x, "int32"), op.dtype)
@@ -294,8 +305,8 @@ SCALARS: dict[type[Op], Any] = {
     binary.Pow: _pow,
     binary.Maximum: plain(maximum),
     binary.Minimum: plain(minimum),
-    binary.Equal: _compare(lambda x, y: x == y, True),
-    binary.NotEqual: _not_equal,
+    binary.Equal: _compare(equal, True),
+    binary.NotEqual: plain(not_equal),
     binary.Less: _compare(lambda x, y: x < y, False),
     binary.LessEqual: _compare(lambda x, y: x <= y, True),
     binary.Greater: _compare(lambda x, y: x > y, False),

@@ -148,7 +148,7 @@ def log(x: Value) -> Value:
     r = fma(fma(t, m, r), m, full(x, 0.333331972))
     r = fma(fma(r, m, full(x, -0.5)), s, m)
     y = bind(fma(i, full(x, LN2), r))
-    edge = tirx.Select(x == full(x, 0.0), full(x, -np.inf), tirx.Select(x < full(x, 0.0), full(x, np.nan), x))
+    edge = tirx.Select(tirx.EQ(x, full(x, 0.0)), full(x, -np.inf), tirx.Select(x < full(x, 0.0), full(x, np.nan), x))
     inside = tirx.And(x > full(x, 0.0), x < full(x, np.inf))
     return tirx.Select(inside, y, edge)
 

@@ -35,16 +35,21 @@ def reference(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
     return Reference(_arrays(single), _arrays(double))
 
 
-def worst_ratio(imported: Imported, inputs: Sequence[np.ndarray], got: Sequence[np.ndarray], expected: Reference) -> float:
-    """The largest error as a share of what is allowed: 3 times torch's own error plus 2 ulps of the magnitude bound.
+def ratios(imported: Imported, inputs: Sequence[np.ndarray], got: Sequence[np.ndarray], expected: Reference) -> list[float]:
+    """For each output the largest error as a share of what is allowed: 3 times torch's own plus 2 ulps of the magnitude bound.
 
-    At most 1 is agreement. Infinite where NaNs, infinities, shapes, or anything that is not a float differ.
+    At most 1 is agreement. Infinite where NaNs, infinities, shapes, or anything that is not a float differ. `got` holds the
+    graph's outputs in order.
     """
     _, bounds = magnitude_bound(imported.graph, inputs)
     if not len(got) == len(expected.single) == len(bounds):
-        return float("inf")
-    rows = zip(got, expected.single, expected.double, bounds, strict=True)
-    return max((_ratio(*row) for row in rows), default=0.0)
+        return [float("inf")]
+    return [_ratio(*row) for row in zip(got, expected.single, expected.double, bounds, strict=True)]
+
+
+def worst_ratio(imported: Imported, inputs: Sequence[np.ndarray], got: Sequence[np.ndarray], expected: Reference) -> float:
+    """The greatest of `ratios`."""
+    return max(ratios(imported, inputs, got, expected), default=0.0)
 
 
 def _ratio(got: np.ndarray, single: np.ndarray, double: np.ndarray, bound: np.ndarray) -> float:

@@ -129,8 +129,8 @@ class Importer:
         name, loc = operator_name(node.target), loc_of(node)
         if node.target is operator.getitem:
             return args[0] if isinstance(args[0], Missing) else args[0][args[1]]
-        if getattr(target := node.target, "__module__", "") == "_operator" and not any(isinstance(a, Node | Missing) for a in args):
-            return target(*args)  # type: ignore[operator]
+        if name.startswith("operator.") and not any(isinstance(a, Node | Missing) for a in args):
+            return node.target(*args)  # type: ignore[operator]
         if name.rpartition(".")[2] in INLINED and _harmless(name, args):
             body = next(i for i, a in enumerate(args) if isinstance(a, torch.fx.GraphModule))
             return tuple(self._run(args[body], args[body + 1 :]))

@@ -120,8 +120,8 @@ def _decomposition(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     makes = not any(isinstance(a.type, torch.TensorType) or "Tensor" in str(a.type) for a in op._schema.arguments)
     if op._schema.is_mutable or makes or torch.Tag.nondeterministic_seeded in op.tags:
         return None
-    table = _torch_table() if op in _torch_table() else torch._decomp.decomposition_table
-    found: Callable[..., Any] | None = table[op] if op in table else None
+    # torch's table looks its entries up lazily, which its `get` does not know of.
+    found: Callable[..., Any] | None = _torch_table()[op] if op in _torch_table() else torch._decomp.decomposition_table.get(op)
     return found
 
 

@@ -115,7 +115,7 @@ def keep_image_dims(b: Builder) -> Node:
 
 
 def clamp_to_relu(b: Builder) -> Node:
-    bounds = ((0.0, np.inf), (-0.0, np.inf), (0.0, 3.0), (1.0, np.inf))[b.choose(0, 0, 0, 0, 0, 1, 2, 3)]
+    bounds = ((0.0, np.inf), (-0.0, np.inf), (0.0, 3.0), (1.0, np.inf))[b.choose(0, 0, 0, 0, 0, 0, 0, 1, 2, 3)]
     return b.node(unary.Clamp(*bounds), b.tensor(1, 2, 3, 4))
 
 

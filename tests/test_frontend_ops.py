@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import nn
 
 from paring.frontends.aten import TABLE
-from paring.frontends.oracle import reference, worst_ratio
+from paring.frontends.oracle import ratios, reference
 from paring.frontends.torch_export import import_model
 from paring.ir import interpret, show
 
@@ -20,25 +22,34 @@ Function = Callable[..., Any]
 
 
 class Wrapped(nn.Module):
-    def __init__(self, function: Function) -> None:
+    """All functions of a table on the same arguments: one export for many operators."""
+
+    def __init__(self, functions: Mapping[str, Function]) -> None:
         super().__init__()
-        self.function = function
+        self.functions = functions
 
     def forward(self, *args: torch.Tensor) -> Any:
-        return self.function(*args)
+        return {name: function(*args) for name, function in self.functions.items()}
 
 
 def check(model: nn.Module | Function, *args: Any) -> set[str]:
     """Import, interpret, compare; returns the names of the IR operators used."""
-    module = model if isinstance(model, nn.Module) else Wrapped(model)
+    module = model if isinstance(model, nn.Module) else Wrapped({"": model})
     module.eval()
     imported = import_model(module, args)
     inputs = imported.flatten_inputs(args)
     got = interpret(imported.graph, inputs)
-    leaves = [a for a in torch.utils._pytree.tree_leaves(imported.unflatten_outputs(got, True)) if isinstance(a, torch.Tensor)]
-    ratio = worst_ratio(imported, inputs, [leaf.numpy() for leaf in leaves], reference(module, args))
-    assert ratio <= 1, f"{ratio:.3g} times what is allowed\n{show(imported.graph)}"
+    leaves, _ = pytree.tree_flatten_with_path(imported.unflatten_outputs(got, True))
+    paths = [pytree.keystr(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    found = zip(paths, ratios(imported, inputs, got, reference(module, args)), strict=True)
+    bad = {path: ratio for path, ratio in found if not ratio <= 1}
+    assert not bad, f"error over what is allowed: {bad}\n{show(imported.graph)}"
     return {node.op.name for node in imported.graph.nodes()}
+
+
+def check_all(functions: Mapping[str, Function], *args: Any) -> set[str]:
+    """`check` for each function of a table, under one export."""
+    return check(Wrapped(functions), *args)
 
 
 def f(*shape: int, low: float = -3.0, high: float = 3.0) -> torch.Tensor:
@@ -62,7 +73,7 @@ UNARY: dict[str, Function] = {
     **{name: getattr(F, name) for name in ("softplus", "mish", "logsigmoid", "hardtanh", "leaky_relu", "softsign", "tanhshrink")},
     **{name: getattr(torch, name) for name in ("sigmoid", "tanh", "exp", "erf", "sin", "cos", "abs", "neg", "floor", "ceil")},
     **{name: getattr(torch, name) for name in ("round", "sign", "trunc", "frac", "expm1", "exp2", "erfc", "isnan", "isinf")},
-    **{name: getattr(torch, name) for name in ("square", "logical_not", "isfinite", "reciprocal", "nan_to_num")},
+    **{name: getattr(torch, name) for name in ("square", "logical_not", "isfinite", "reciprocal", "nan_to_num", "cosh", "sinh")},
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "hardshrink": F.hardshrink,
     "softshrink": F.softshrink,
@@ -78,25 +89,29 @@ UNARY: dict[str, Function] = {
 POSITIVE: dict[str, Function] = {
     **{name: getattr(torch, name) for name in ("log", "sqrt", "rsqrt", "log1p", "log2", "log10")},
     "pow_half": lambda x: x**0.5,
+    "prod": lambda x: (x.prod(), x.prod(-1)),
     "pow_1.7": lambda x: x**1.7,
     "2_pow": lambda x: 2**x,
 }
 
 
-@pytest.mark.parametrize("name", UNARY)
-def test_unary(name: str) -> None:
-    check(UNARY[name], f(2, 3, 5))
-    check(UNARY[name], SPECIAL)
+@pytest.mark.parametrize("x", [f(2, 3, 5), SPECIAL[3:]], ids=["random", "corners"])
+def test_unary(x: torch.Tensor) -> None:
+    check_all(UNARY, x)
 
 
-@pytest.mark.parametrize("name", POSITIVE)
-def test_positive(name: str) -> None:
-    check(POSITIVE[name], f(2, 3, low=0.01, high=9.0))
-    check(POSITIVE[name], f(7, low=1e-7, high=1e-5))
+def test_unary_on_nan_and_infinities() -> None:
+    # torch's own gelu gives NaN for infinities in its vector code and not in its scalar code.
+    check_all({name: function for name, function in UNARY.items() if "gelu" not in name}, SPECIAL)
+
+
+@pytest.mark.parametrize("x", [f(2, 3, low=0.01, high=9.0), f(7, low=1e-7, high=1e-5)], ids=["random", "small"])
+def test_positive(x: torch.Tensor) -> None:
+    check_all(POSITIVE, x)
 
 
 BINARY: dict[str, Function] = {
-    **{name: getattr(torch, name) for name in ("add", "sub", "mul", "div", "maximum", "minimum", "remainder", "fmod")},
+    **{name: getattr(torch, name) for name in ("add", "sub", "mul", "div", "maximum", "minimum", "remainder", "fmod", "fmax")},
     **{name: getattr(torch, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "floor_divide", "logical_and", "logical_xor")},
     "add_alpha": lambda x, y: torch.add(x, y, alpha=2),
     "sub_alpha": lambda x, y: torch.sub(x, y, alpha=-2),
@@ -107,11 +122,16 @@ BINARY: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("name", BINARY)
-def test_binary(name: str) -> None:
-    check(BINARY[name], f(2, 1, 5), f(3, 1, low=0.5))
-    check(BINARY[name], i(4, 3), i(3, low=1, high=5))
-    check(BINARY[name], f(3), torch.tensor(2.5))
+OPERANDS = {
+    "broadcast": (f(2, 1, 5), f(3, 1, low=0.5)),
+    "integers": (i(4, 3), i(3, low=1, high=5)),
+    "0-d": (f(3), torch.tensor(2.5)),
+}
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+def test_binary(kind: str) -> None:
+    check_all(BINARY, *OPERANDS[kind])
 
 
 PROMOTION: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
@@ -135,10 +155,16 @@ PROMOTION: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PROMOTION)
-def test_promotion(name: str) -> None:
-    function, args = PROMOTION[name]
-    check(function, *args)
+def test_promotion() -> None:
+    arguments = tuple(args for _, args in PROMOTION.values())
+    rows = list(PROMOTION.items())
+    functions = {name: partial(_row, function, position) for position, (name, (function, _)) in enumerate(rows)}
+    check_all(functions, *arguments)
+
+
+def _row(function: Function, position: int, *arguments: tuple[torch.Tensor, ...]) -> Any:
+    """The function on the arguments of its own row."""
+    return function(*arguments[position])
 
 
 TERNARY: dict[str, Function] = {
@@ -151,9 +177,8 @@ TERNARY: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("name", TERNARY)
-def test_ternary(name: str) -> None:
-    check(TERNARY[name], f(2, 3), f(3), f(2, 1))
+def test_ternary() -> None:
+    check_all(TERNARY, f(2, 3), f(3), f(2, 1))
 
 
 def _in_place_views(x: torch.Tensor) -> torch.Tensor:
@@ -213,9 +238,8 @@ SHAPES: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes(name: str) -> None:
-    check(SHAPES[name], f(2, 3, 4))
+def test_shapes() -> None:
+    check_all(SHAPES, f(2, 3, 4))
 
 
 REDUCTIONS: dict[str, Function] = {
@@ -238,9 +262,8 @@ REDUCTIONS: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("name", REDUCTIONS)
-def test_reductions(name: str) -> None:
-    check(REDUCTIONS[name], f(2, 3, 4))
+def test_reductions() -> None:
+    check_all(REDUCTIONS, f(2, 3, 4))
 
 
 INDEXING: dict[str, Function] = {
@@ -258,9 +281,8 @@ INDEXING: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("name", INDEXING)
-def test_indexing(name: str) -> None:
-    check(INDEXING[name], f(2, 3, 4), torch.tensor([1, 0, 1]))
+def test_indexing() -> None:
+    check_all(INDEXING, f(2, 3, 4), torch.tensor([1, 0, 1]))
 
 
 def test_constants_are_folded() -> None:
@@ -284,6 +306,7 @@ PRODUCTS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
     "addmm": (lambda x, y, z: (torch.addmm(x, y, z), torch.addmm(x, y, z, beta=0.5, alpha=2)), [(5,), (3, 4), (4, 5)]),
     "baddbmm": (lambda x, y, z: torch.baddbmm(x, y, z, beta=0), [(2, 3, 5), (2, 3, 4), (2, 4, 5)]),
     "addbmm": (torch.addbmm, [(3, 5), (2, 3, 4), (2, 4, 5)]),
+    "bilinear": (F.bilinear, [(5, 3), (5, 4), (2, 3, 4), (2,)]),
     "outer": (torch.outer, [(3,), (4,)]),
     "tensordot": (lambda x, y: torch.tensordot(x, y, dims=([1, 2], [1, 0])), [(2, 3, 4), (4, 3, 5)]),
     "attention": (F.scaled_dot_product_attention, [(2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 7)]),
@@ -298,10 +321,10 @@ PRODUCTS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products(name: str) -> None:
-    function, shapes = PRODUCTS[name]
-    check(function, *(f(*shape) for shape in shapes))
+def test_products() -> None:
+    arguments = tuple(tuple(f(*shape) for shape in shapes) for _, shapes in PRODUCTS.values())
+    rows = list(PRODUCTS.items())
+    check_all({name: partial(_row, function, position) for position, (name, (function, _)) in enumerate(rows)}, *arguments)
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -317,7 +340,6 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv_transpose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1), (2, 4, 5)),
     "linear": (lambda: nn.Linear(4, 3), (2, 5, 4)),
     "linear_1d": (lambda: nn.Linear(4, 3, bias=False), (4,)),
-    "bilinear": (lambda: Wrapped(nn.Bilinear(3, 4, 2).float().__call__), (2, 3)),
     "batch_norm1d": (lambda: nn.BatchNorm1d(3), (4, 3)),
     "batch_norm2d": (lambda: nn.BatchNorm2d(3), (2, 3, 4, 4)),
     "batch_norm3d": (lambda: nn.BatchNorm3d(3, affine=False), (2, 3, 2, 2, 2)),
@@ -341,6 +363,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "adaptive_max_pool2d": (lambda: nn.AdaptiveMaxPool2d(2), (2, 3, 6, 4)),
     "adaptive_max_pool1d": (lambda: nn.AdaptiveMaxPool1d(1), (2, 3, 6)),
     "global_max_pool2d": (lambda: nn.AdaptiveMaxPool2d(1), (2, 3, 5, 7)),
+    "max_pool3d": (lambda: nn.MaxPool3d(3, 2, 1), (2, 3, 5, 6, 7)),
+    "avg_pool3d": (lambda: nn.AvgPool3d((2, 3, 1), padding=(1, 0, 0), count_include_pad=False), (1, 2, 5, 6, 7)),
+    "adaptive_max_pool2d_uneven": (lambda: nn.AdaptiveMaxPool2d((3, 2)), (2, 3, 7, 5)),
     "lp_pool": (lambda: nn.LPPool2d(2, 2), (1, 2, 6, 6)),
     "upsample_nearest": (lambda: nn.Upsample(scale_factor=2.5), (1, 2, 4, 5)),
     "upsample_nearest_size": (lambda: nn.Upsample(size=(7, 3)), (1, 2, 4, 5)),
@@ -359,15 +384,24 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "bilinear"])
-def test_layers(name: str) -> None:
+class Side(nn.Module):
+    """Many layers side by side, each on its own input."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: layer(inputs[name]) for name, layer in self.layers.items()}
+
+
+def test_layers() -> None:
     torch.manual_seed(0)
-    make, shape = LAYERS[name]
-    module = make()
-    for buffer_name, buffer in module.named_buffers():
+    side = Side({name: make() for name, (make, _) in LAYERS.items()})
+    for name, buffer in side.named_buffers():
         if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5) if "var" in buffer_name else buffer.uniform_(-0.5, 0.5)
-    check(module, f(*shape))
+            buffer.uniform_(0.5, 1.5) if "var" in name else buffer.uniform_(-0.5, 0.5)
+    check(side, {name: f(*shape) for name, (_, shape) in LAYERS.items()})
 
 
 def test_whole_operators_stay_whole() -> None:

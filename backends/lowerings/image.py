@@ -9,7 +9,7 @@ from tvm import tirx
 
 from paring.backends.kernel import Index, Kernel, Scalar, Value, as_int, constant, lanes_of
 from paring.backends.lowerings.loops import by_lane, choose, clamp, fold, greater, number, scalar_only, sum_type, total, within
-from paring.backends.vecmath import bind, cast, fma, full
+from paring.backends.vecmath import bind, cast, fma, full, limit
 from paring.ir.graph import Node
 from paring.ir.ops import pool, resize
 
@@ -99,14 +99,12 @@ def _taps(op: resize.Resize, position: Scalar, size: int, out: int, scale: float
     if op.mode == "nearest":
         low = bind(clamp(cast(tirx.floor(at * full(at, float(ratio))), "int32"), size))
         return low, low, full(at, 0.0)
+    # LLVM fuses a product with the subtraction behind it, and rounds once: a limit in between, which changes nothing, prevents that.
     if op.align_corners:
-        source = at * full(at, float(np.float32((size - 1) / (out - 1) if out > 1 else 0.0)))
+        source = limit(at * full(at, float(np.float32((size - 1) / (out - 1) if out > 1 else 0.0))), -1.0, size - 1.0)
     else:
-        # By way of float64, so that the product is rounded before the subtraction and not fused with it.
-        middle = cast(bind(at + full(at, 0.5)), "float64")
-        product = bind(cast(middle * full(middle, float(ratio)), "float32"))
-        source = product - full(at, 0.5)
-        source = bind(source)
+        middle = bind(at + full(at, 0.5))
+        source = bind(limit(middle * full(at, float(ratio)), 0.25, float(2 * size)) - full(at, 0.5))
         source = tirx.Select(source < full(at, 0.0), full(at, 0.0), source)
     source = bind(source)
     low = bind(clamp(cast(source, "int32"), size))

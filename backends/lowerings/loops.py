@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-import tvm
-from tvm import tirx
+from tvm import sym, tirx
 
 from paring.backends.kernel import Index, Kernel, Lanes, Lowering, Scalar, Value, as_int, constant
 from paring.backends.vecmath import bind, cast, full, lanes_in
@@ -56,7 +55,7 @@ def multiple_of(position: Scalar, factor: int) -> bool:
     """Whether an index is known to be a multiple of `factor`."""
     if isinstance(position, int):
         return position % factor == 0
-    known = tvm.arith.Analyzer().modular_set(position)
+    known = sym.Analyzer().modular_set(position)
     return int(known.coeff) % factor == 0 and int(known.base) % factor == 0
 
 

@@ -24,7 +24,7 @@ from paring.backends.vecmath import cast, full
 from paring.ir import layout as lay
 from paring.ir.graph import Node
 from paring.ir.ops import index as idx
-from paring.ir.ops import shape
+from paring.ir.ops import pack, shape
 
 
 def broadcast(kernel: Kernel, node: Node, index: Index) -> Value:
@@ -195,6 +195,29 @@ def layout_transform(kernel: Kernel, node: Node, index: Index) -> Value:
     return choose(inside, value, full(value, 0)) if padded else value
 
 
+@by_lane
+def pack_conv_weight(kernel: Kernel, node: Node, index: Index) -> Value:
+    (w,) = node.inputs
+    block_in, block_out = node.type.shape[4:]
+    oo, io, r, s, ii, oi = index
+    return _padded(kernel, w, (plus(oo * block_out, oi), plus(io * block_in, ii), r, s))
+
+
+@by_lane
+def pack_linear_weight(kernel: Kernel, node: Node, index: Index) -> Value:
+    outer, i, inner = index
+    return _padded(kernel, node.inputs[0], (plus(outer * node.type.shape[2], inner), i))
+
+
+def _padded(kernel: Kernel, w: Node, index: Index) -> Value:
+    """An element of a weight, zero beyond its first two dimensions."""
+    scalar_only(index[:2])
+    inside = [within(i, size) for i, size in zip(index[:2], w.type.shape[:2], strict=True)]
+    taken = [clamp(as_int(i), size) for i, size in zip(index[:2], w.type.shape[:2], strict=True)]
+    value = kernel.value(w, (*taken, *index[2:]))
+    return choose(tirx.And(*inside), value, full(value, 0))
+
+
 def _lookup(kernel: Kernel, indices: Node, index: Index, size: int) -> Value:
     """One index read from a tensor. It lies inside by contract; the clamp keeps a broken promise harmless."""
     return cast(clamp(kernel.value(indices, index), size), "int32")
@@ -242,6 +265,8 @@ MOVEMENT = {
     shape.Pad: pad,
     shape.PixelShuffle: pixel_shuffle,
     shape.LayoutTransform: layout_transform,
+    pack.PackConvWeight: pack_conv_weight,
+    pack.PackLinearWeight: pack_linear_weight,
     idx.Gather: gather,
     idx.GatherElements: gather_elements,
     idx.Tril: triangle,

@@ -104,7 +104,7 @@ def conv_transpose2d(kernel: Kernel, node: Node, index: Index) -> Value:
         inside, taken = tirx.const(True, "bool"), []
         for at, tap, p, d, s, extent in zip((y, z), taps, op.padding, op.dilation, op.stride, size, strict=True):
             source = as_int(at + p - tap * d)
-            inside = tirx.And(inside, tirx.And(source >= 0, tirx.And(source % s == 0, source // s < extent)))
+            inside = tirx.And(inside, tirx.And(source >= 0, tirx.And(tirx.EQ(source % s, 0), source // s < extent)))
             taken.append(clamp(source // s, extent))
         value = cast(kernel.value(x, (n, group * in_group + i, *taken)), dtype)
         weight = cast(kernel.value(w, (group * in_group + i, inner, *taps)), dtype)
@@ -174,7 +174,7 @@ def attend(kernel: Kernel, node: Node, index: Index) -> Value:
     low = constant(float("-inf"), dtype)
     (top,) = fold(kernel, (keys,), [(dtype, low)], largest)
     # A row without keys has no greatest score; anything finite makes its weights exp(-inf) = 0.
-    top = bind(tirx.Select(top == low, constant(0.0, dtype), top))
+    top = bind(tirx.Select(tirx.EQ(top, low), constant(0.0, dtype), top))
 
     def weigh(state: tuple[Value, ...], p: tuple[Any, ...]) -> list[Value]:
         share = bind(exp_of(bind(score(p[0])) - top))
@@ -182,7 +182,7 @@ def attend(kernel: Kernel, node: Node, index: Index) -> Value:
         return [state[0] + share, fma(splat(share, lanes), value, state[1])]
 
     whole, mixed = fold(kernel, (keys,), [(dtype, constant(0.0, dtype)), (dtype, constant(0.0, dtype, lanes))], weigh)
-    empty = whole == constant(0.0, dtype)
+    empty = tirx.EQ(whole, constant(0.0, dtype))
     safe = bind(tirx.Select(empty, constant(1.0, dtype), whole))
     # Weights of zero still carry a NaN or an infinity of v, as in the reference.
     return cast(mixed / splat(safe, lanes), node.type.dtype)

@@ -13,7 +13,7 @@ from paring.cli_frame import INTERRUPTED, MISMATCH, OK, USER, Report, framed, pl
 from paring.cli_options import Device, Dump, Model, Passes, Pipeline, Plugins, Seed, TargetName
 from paring.cli_run import inspect, run
 from paring.cli_search import bisect, why_not
-from paring.cli_tables import ops, passes
+from paring.cli_tables import ledger_table, ops, passes
 
 
 def compile_(
@@ -25,7 +25,7 @@ def compile_(
     dump: Dump = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the network here, as NAME.paring.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with the model's own results; exit 3 if they differ.")] = False,
-    device: Device = "",
+    device: Device = None,
     seed: Seed = 0,
 ) -> Report:
     """Compile a model, and show what each pass did to it.
@@ -72,32 +72,13 @@ def compile_(
     lines += [f"saved: {saved}"] if saved else []
     lines += [str(verdict)] if verdict else []
     code = MISMATCH if verdict and not verdict.ok else OK
-    return Report(data, [_ledger_table(net.ledger), *map(text, lines)], code)
+    return Report(data, [ledger_table(net.ledger), *map(text, lines)], code)
 
 
 def _verdict(net: Any, example: Any) -> Any:
     from paring.cli_check import check_network
 
     return check_network(net, example)
-
-
-def _ledger_table(ledger: Any) -> Any:
-    columns = ("step", "pass", "contract", ">rewrites", ">nodes", ">MMACs", ">weights KiB", ">peak KiB", ">ms")
-    rows = [
-        (
-            e.step,
-            e.name,
-            e.contract,
-            sum(e.rewrites.values()) or "-",
-            e.after.nodes,
-            f"{e.after.macs / 1e6:.1f}",
-            f"{e.after.parameter_bytes / 1024:.1f}",
-            f"{e.after.peak_activation_bytes / 1024:.1f}",
-            f"{e.seconds * 1e3:.1f}",
-        )
-        for e in ledger.entries
-    ]
-    return table("", columns, rows)
 
 
 def bench(

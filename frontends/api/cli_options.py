@@ -20,5 +20,5 @@ Plugins = Annotated[
     ),
 ]
 Dump = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the program after each changing pass here.")]
-Device = Annotated[str, typer.Option(help="Where a foreign target's code runs: emulator or rpc://127.0.0.1:PORT.")]
+Device = Annotated[str | None, typer.Option(help="Where a foreign target's code runs: emulator or rpc://127.0.0.1:PORT.")]
 Seed = Annotated[int, typer.Option(help="Seed of random inputs.")]

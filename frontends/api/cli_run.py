@@ -10,6 +10,7 @@ import typer
 
 from paring.cli_frame import Report, Tell, progress, table, text
 from paring.cli_options import Device, Seed, TargetName
+from paring.cli_tables import ledger_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,10 @@ def run(
     repeat: Annotated[int, typer.Option(min=0, help="Time this many calls.")] = 0,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each result here, as .npy.")] = None,
     target: TargetName = "native",
-    device: Device = "",
+    device: Device = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Compile a saved network again instead of loading its library.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Threads to use; 0: one for each core.")] = 0,
 ) -> Report:
     """Call a network, on your inputs or on random ones, and show what comes out; with --repeat, also how fast.
@@ -36,7 +40,7 @@ def run(
     if threads:
         paring.set_num_threads(threads)
     with progress() as tell:
-        net, args, kwargs = _load(what, input or (), seed, target, device, tell)
+        net, args, kwargs = _load(what, input or (), seed, target, device, rebuild, tell)
         tell("running", 0, 0)
         results = dict(leaves(net(*args, **kwargs)))
         times = _time(net, args, kwargs, repeat, tell)
@@ -55,7 +59,7 @@ def run(
 
 
 def _load(
-    what: str, inputs: Sequence[Path], seed: int, target: str, device: str, tell: Tell
+    what: str, inputs: Sequence[Path], seed: int, target: str, device: str | None, rebuild: bool, tell: Tell
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The network and the inputs of its call."""
     import paring
@@ -64,7 +68,7 @@ def _load(
     given = read_arrays(inputs)
     if _is_artifact(what):
         tell(f"loading {what}", 0, 0)
-        net = paring.load(what, device=device)
+        net = paring.load(what, rebuild=rebuild, device=device, progress=tell)
         return net, tuple(given or random_arrays([node.type for node in net.graph.inputs], seed)), {}
     tell(f"reading {what}", 0, 0)
     example = load_model(what, seed)
@@ -157,25 +161,29 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A saved network, NAME.paring.", show_default=False)],
     ir: Annotated[bool, typer.Option("--ir", help="Show the program itself.")] = False,
 ) -> Report:
-    """Look into a saved network: versions, target, inputs, outputs, files and their hashes. Runs nothing of it."""
+    """Look into a saved network: versions, target, inputs, outputs, passes, files and their hashes. Runs nothing of it.
+
+    Example: paring inspect net.paring --ir
+    """
     import paring
+    from paring.passes.ledger import Ledger
 
-    data = paring.inspect(path)
+    found = paring.inspect(path)
     if ir:
-        program = (path / "graph.ir").read_text()
-        return Report({**data, "ir": program}, [text(program)])
-    return Report(data, [table(str(path), ("", ""), list(flat(data)))])
+        return Report({"path": path, **found}, [text(found["graph"])])
+    manifest = found["manifest"]
+    facts = [("format", manifest["format"]), *manifest["versions"].items()]
+    facts += [(f"target {name}", _line(value)) for name, value in manifest["target"].items()]
+    ends = [(kind, s["name"], s["dtype"], _line(s["shape"])) for kind in ("input", "output") for s in manifest[f"{kind}s"]]
+    files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
+    view = [
+        table(str(path), ("", ""), facts),
+        table("", ("", "name", "dtype", "shape"), ends),
+        table("", ("file", ">bytes", "sha256"), files),
+        ledger_table(Ledger.from_json(found["report"]["ledger"])),
+    ]
+    return Report({"path": path, "manifest": manifest, "report": found["report"]}, view)
 
 
-def flat(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested data as rows of a dotted name and a value."""
-    if isinstance(data, Mapping) and data:
-        for key, value in data.items():
-            yield from flat(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(data, list | tuple) and any(isinstance(value, Mapping | list | tuple) for value in data):
-        for position, value in enumerate(data):
-            yield from flat(value, f"{name}[{position}]")
-    elif isinstance(data, list | tuple):
-        yield name, ", ".join(map(str, data))
-    else:
-        yield name, "" if data is None else str(data)
+def _line(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

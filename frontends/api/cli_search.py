@@ -28,7 +28,7 @@ def bisect(
     passes: Passes = None,
     pipeline: Pipeline = None,
     plugin: Plugins = None,
-    device: Device = "",
+    device: Device = None,
     seed: Seed = 0,
 ) -> Report:
     """Find the first pass, and in it the first rewrite, that breaks its contract on this model; if none, the first kernel.
@@ -73,7 +73,7 @@ def _first_culprit(graph: Graph, passes: Sequence[Pass], arrays: Sequence[Any], 
 
 
 def _check_compiled(
-    graph: Graph, passes: Sequence[Pass], arrays: Sequence[Any], target: str, device: str, tell: Tell
+    graph: Graph, passes: Sequence[Pass], arrays: Sequence[Any], target: str, device: str | None, tell: Tell
 ) -> tuple[Verdict | None, WrongKernel | None]:
     """The compiled network against the interpreter, then its kernels; nothing for the reference, or without a device."""
     from paring.backends import targets

@@ -13,8 +13,11 @@ from paring.cli_frame import Report, progress, table, text
 from paring.cli_options import Plugins, TargetName
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from paring.ir.op import Op
     from paring.passes.base import Pass
+    from paring.passes.ledger import Ledger
 
 
 def passes(
@@ -173,3 +176,23 @@ def _find(name: str, known: Mapping[str, Any], kind: str) -> Any:
         near = difflib.get_close_matches(name, known, 1, 0.4)
         raise ArgumentError(f"no {kind} {name!r}", hint=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
     return known[name]
+
+
+def ledger_table(ledger: Ledger) -> Table:
+    """What each pass did."""
+    columns = ("step", "pass", "contract", ">rewrites", ">nodes", ">MMACs", ">weights KiB", ">peak KiB", ">ms")
+    rows = [
+        (
+            e.step,
+            e.name,
+            e.contract,
+            sum(e.rewrites.values()) or "-",
+            e.after.nodes,
+            f"{e.after.macs / 1e6:.1f}",
+            f"{e.after.parameter_bytes / 1024:.1f}",
+            f"{e.after.peak_activation_bytes / 1024:.1f}",
+            f"{e.seconds * 1e3:.1f}",
+        )
+        for e in ledger.entries
+    ]
+    return table("", columns, rows)

@@ -138,7 +138,9 @@ def check_pass(
     transformation = Only(subject) if isinstance(subject, Rule) else subject
     plants = (plant,) if callable(plant) else tuple(plant)
     report = Report()
-    for trial in range(trials):
+    for trial in range(2 * trials):
+        if trial >= trials and report.fired >= fires:
+            break
         rng = np.random.default_rng((seed, trial))
         lane = lanes[trial % len(lanes)]
         planted = bool(plants) and trial % 8 != 7

@@ -154,7 +154,7 @@ class GroupNorm(Op):
 
     def ref(self, *arrays: Array) -> Array:
         x, weight, bias = (wide(a) for a in arrays)
-        grouped = x.reshape(x.shape[0], self.groups, -1)
+        grouped = x.reshape(x.shape[0], self.groups, x.size // max(1, x.shape[0] * self.groups))
         with np.errstate(all="ignore"):
             centred = grouped - grouped.mean(2, keepdims=True)
             y = centred / np.sqrt((centred**2).mean(2, keepdims=True) + self.eps)
@@ -162,7 +162,7 @@ class GroupNorm(Op):
 
     def magnitude(self, result: Array, values: tuple[Array, ...], bounds: tuple[Array, ...]) -> Array:
         x, weight, bias = (wide(v) for v in values)
-        grouped = (x.shape[0], self.groups, -1)
+        grouped = (x.shape[0], self.groups, x.size // max(1, x.shape[0] * self.groups))
         unit = _normalized_bound(x.reshape(grouped), bounds[0].reshape(grouped), (2,), self.eps, True).reshape(x.shape)
         return unit * _per_channel(np.abs(weight), x.ndim) + _per_channel(np.abs(bias), x.ndim)
 

@@ -320,11 +320,13 @@ class Round(_Step):
 
 
 class Sign(_Step):
+    """-1, 0 or 1; 0 for NaN, as torch has it."""
+
     name = "sign"
     kinds = NUMBERS
 
     def f(self, x: Array) -> Array:
-        return np.sign(x)
+        return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
 
 
 class LogicalNot(_Step):

@@ -19,13 +19,12 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import psutil
 import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
@@ -128,24 +127,24 @@ def save(path: str | Path, built: Built, *, structure: Mapping[str, JsonValue], 
     `path` holds something else.
     """
     path = Path(path)
-    arrays = {digest: np.ascontiguousarray(array) for digest, array in sorted(constants(built.graph).items())}
-    contents = {
-        GRAPH: show(built.graph).encode(),
-        WEIGHTS: safetensors.numpy.save(arrays),
-        LIBRARY: built.library,
-        REPORT: _json(dict(report)),
-    }
-    contents[MANIFEST] = _json(_manifest(built, structure, contents).model_dump(mode="json"))
     try:
         if os.path.lexists(path) and not _is_artifact(path):
             raise ArtifactError(f"{path} exists and is not a saved network", hint="give another name, or remove it")
         with _sibling(path) as folder:
-            for name, content in contents.items():
-                _write(folder / name, content)
-            _sync(folder)
+            (folder / GRAPH).write_bytes(show(built.graph).encode())
+            # Straight into the file: weights are large, and are not copied once more to be hashed.
+            safetensors.numpy.save_file(dict(sorted(constants(built.graph).items())), folder / WEIGHTS)
+            (folder / LIBRARY).write_bytes(built.library)
+            (folder / REPORT).write_bytes(_json(dict(report)))
+            files = {name: _entry(folder / name) for name in FILES}
+            (folder / MANIFEST).write_bytes(_json(_manifest(built, structure, files).model_dump(mode="json")))
+            for name in (MANIFEST, *FILES, "."):
+                _sync(folder / name)
             _replace(folder, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot write {path}", why=str(error), hint="see to space and permissions there") from error
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"cannot write {path}", why=f"structure or report is not JSON: {error}") from error
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -177,8 +176,15 @@ def load(path: str | Path, rebuild: bool = False, device: str | None = None, pro
     return Artifact(manifest, built, _report(contents[REPORT]))
 
 
-def _manifest(built: Built, structure: Mapping[str, JsonValue], contents: Mapping[str, bytes]) -> Manifest:
-    files = {name: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
+def _entry(path: Path) -> FileEntry:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(MIB):
+            digest.update(block)
+    return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def _manifest(built: Built, structure: Mapping[str, JsonValue], files: dict[str, FileEntry]) -> Manifest:
     return Manifest(
         format=FORMAT,
         versions=_versions(),
@@ -228,15 +234,9 @@ def _sibling(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -258,7 +258,9 @@ def _replace(folder: Path, path: Path) -> None:
             except OSError:
                 (aside / "old").rename(path)
                 raise
-    _sync(path.parent)
+    # The artifact is in place and whole; only when the disk takes note of its name is left open.
+    with suppress(OSError):
+        _sync(path.parent)
 
 
 @contextmanager

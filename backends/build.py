@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,19 +24,17 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.support import cc
 
+from paring.backends.families import lower_region
 from paring.backends.kernel import tvm_target
 from paring.backends.memory import Plan, Step, plan, root, storage_bytes
 from paring.backends.targets import Target
-from paring.ir.errors import TargetError
+from paring.ir.errors import InternalError, ParingError, TargetError
 from paring.ir.graph import Graph, Node
 from paring.ir.text import show
 from paring.ir.types import TensorType
 
 Progress = Callable[[int, int, str], None]
 
-# Kernels to an object file; objects are compiled side by side, for TVM lets go of the GIL while it works. A constant, so
-# that the library does not depend on the number of cores.
-GROUP = 4
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -61,22 +60,38 @@ def build(graph: Graph, target: Target, progress: Progress | None = None) -> Bui
     planned = plan(graph)
     kernels = {kernel_name(step, target): step for step in planned.order}
     report = _Reporter(progress, 2 * len(kernels))
-    functions = {}
+    functions: dict[str, tirx.PrimFunc] = {}
     for name, step in kernels.items():
         functions[name] = emit(step, target, name)
         report(name)
-    builder = _Main(planned, target).write()
     with tempfile.TemporaryDirectory(prefix="paring-build-") as folder:
-        library = _link(builder, functions, target, linker, Path(folder), report)
+        objects = _compile(functions, kernels, target, Path(folder), report)
+        library = _link(_Main(planned, target).write(), objects, target, linker, Path(folder))
         return Built(target, planned, library.read_bytes())
+
+
+@contextmanager
+def _blamed(name: str, step: Step) -> Iterator[None]:
+    """What TVM throws over a kernel is our mistake; the message has the kernel with it."""
+    try:
+        yield
+    except ParingError:
+        raise
+    except Exception as error:
+        raise InternalError(
+            f"the kernel {name} cannot be compiled",
+            where=str(step.node.loc or ""),
+            why=str(error)[-2000:],
+            hint=f"please report it, with the kernel:\n{show(step.body)}",
+        ) from error
 
 
 class _Reporter:
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
 
-    def __call__(self, name: str, count: int = 1) -> None:
-        self.done += count
+    def __call__(self, name: str) -> None:
+        self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total, name)
 
@@ -93,9 +108,8 @@ def kernel_name(step: Step, target: Target) -> str:
 
 def emit(step: Step, target: Target, name: str) -> tirx.PrimFunc:
     """The kernel of one step as a PrimFunc over flat buffers."""
-    from paring.backends.families import lower_region
-
-    function = lower_region(step.body, target, name)
+    with _blamed(name, step):
+        function = lower_region(step.body, target, name)
     return function.with_attr("tirx.noalias", False) if step.in_place else function
 
 
@@ -173,29 +187,37 @@ class _Main:
         return register
 
 
-def _link(
-    builder: relax.ExecBuilder, kernels: dict[str, tirx.PrimFunc], target: Target, linker: str, folder: Path, report: _Reporter
-) -> Path:
-    """Compile the kernels in groups, side by side, and link them with the bytecode into one library."""
+def _compile(
+    functions: dict[str, tirx.PrimFunc], steps: dict[str, Step], target: Target, folder: Path, report: _Reporter
+) -> list[str]:
+    """An object file for each kernel, compiled side by side (TVM lets go of the GIL), in the order of their names."""
     machine = tvm_target(target)
-    names = sorted(kernels)
-    groups = [names[i : i + GROUP] for i in range(0, len(names), GROUP)]
 
-    def compile_group(position: int) -> str:
-        path = str(folder / f"kernels{position}.o")
-        module = tvm.IRModule({name: kernels[name] for name in groups[position]})
-        tvm.tirx.build(module, target=machine).write_to_file(path)
+    def compile_kernel(name: str) -> str:
+        path = str(folder / f"{name}.o")
+        with _blamed(name, steps[name]):
+            tvm.tirx.build(tvm.IRModule({name: functions[name]}), target=machine).write_to_file(path)
         return path
 
     objects = []
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, max(len(groups), 1))) as pool:
-        for position, path in enumerate(pool.map(compile_group, range(len(groups)))):
+    names = sorted(functions)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, path in zip(names, pool.map(compile_kernel, names), strict=True):
             objects.append(path)
-            report(groups[position][-1], len(groups[position]))
-    # The executable wants an LLVM module of its own to know that it lies in a library; the kernels come as objects beside it.
-    executable = vm_build._vmlink(builder, machine, tvm.IRModule({"nothing": _nothing()}))
+            report(name)
+    return objects
+
+
+def _link(builder: relax.ExecBuilder, objects: Sequence[str], target: Target, linker: str, folder: Path) -> Path:
+    """The bytecode and the kernels as one library."""
+    # The executable wants an LLVM module of its own to know that it lies in a library; the kernels are objects beside it.
+    executable = vm_build._vmlink(builder, tvm_target(target), tvm.IRModule({"nothing": _nothing()}))
     library = folder / "lib.so"
-    executable.export_library(str(library), fcompile=cc.cross_compiler(linker), addons=objects, workspace_dir=str(folder))
+    try:
+        compiler = cc.cross_compiler(linker)
+        executable.export_library(str(library), fcompile=compiler, addons=list(objects), workspace_dir=str(folder))
+    except (RuntimeError, OSError) as error:
+        raise TargetError(f"{linker} cannot link code for {target.name}", why=str(error)[-2000:]) from error
     return library
 
 

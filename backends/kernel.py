@@ -170,19 +170,18 @@ class Kernel:
     def bind(self, value: Value) -> Value:
         """Name an expression, so that using it twice does not write it out twice.
 
-        TVM's analyzer refuses bound vectors, so these go through a local buffer, which LLVM turns back into a register.
+        TVM writes its own bindings of floats out again, and its analyzer refuses bound vectors: these go through a local
+        buffer, which LLVM turns back into a register.
         """
         if isinstance(value, int):
             return value
-        if not is_vector(value):
+        lanes = value.ty.dtype.lanes if is_vector(value) else 1
+        dtype = str(value.ty.dtype).rsplit("x", 1)[0] if lanes > 1 else str(value.ty.dtype)
+        if lanes == 1 and not dtype.startswith("float"):
             return T.bind(value)
-        lanes = value.ty.dtype.lanes
-        dtype = str(value.ty.dtype).rsplit("x", 1)[0]
-        if dtype == "bool":
-            return value
-        register = self.local(lanes, dtype)
-        self.store(register, Lanes(0, lanes), value)
-        return self.load(register, Lanes(0, lanes))
+        register, where = self.local(lanes, dtype), Lanes(0, lanes)
+        self.store(register, where, value)
+        return self.load(register, where)
 
     @contextmanager
     def scope(self) -> Iterator[None]:

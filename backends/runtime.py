@@ -63,12 +63,15 @@ class Threads:
 
     def __init__(self) -> None:
         given = os.environ.get("TVM_NUM_THREADS", "")
-        self.most = max(os.cpu_count() or 1, int(given) if given.isdecimal() else 0)
-        self.count = int(given) if given.isdecimal() and int(given) else psutil.cpu_count(logical=False) or 1
+        cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+        self.count = int(given) if given.isdecimal() and int(given) else cores
+        self.most = max(os.cpu_count() or 1, self.count)
         self.local = threading.local()
         self.lock = threading.Lock()
         self.helper: ThreadPoolExecutor | None = None
         os.environ["TVM_NUM_THREADS"] = str(self.most)
+        # Workers tied to cores would wait for whatever else runs there, the other pool's workers first of all.
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
 
     def run(self, work: Callable[[], R]) -> R:
         """`work()` on a thread that may call TVM, with the pool set up."""

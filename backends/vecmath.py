@@ -61,11 +61,11 @@ def is_plain(value: Value) -> bool:
 
 
 def bind(value: Value) -> Value:
-    """The value under a name, through a register-sized buffer: TVM writes its own bindings out again."""
+    """The value under a name, through a buffer that LLVM makes a register: TVM writes its own bindings out again."""
     if is_plain(value):
         return value
     lanes = lanes_in(value)
-    register = T.alloc_buffer((lanes,), dtype_of(value), scope="local")
+    register = T.alloc_buffer((lanes,), dtype_of(value), scope="global")
     where = Lanes(0, lanes).expand() if lanes > 1 else tirx.const(0, "int32")
     T.buffer_store(register, value, [where])
     return register[where]

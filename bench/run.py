@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import monotonic
@@ -108,7 +109,7 @@ class _Run:
 
     def __init__(self, protocol: Protocol, progress: Progress, steps: int) -> None:
         self.protocol, self.progress = protocol, progress
-        self.task = progress.add_task("", total=steps)
+        self.task = progress.add_task("", total=steps, completed=-1)
         self.busy = 0
 
     def model(self, name: str, systems: Sequence[str], small: bool) -> list[Record]:
@@ -118,20 +119,19 @@ class _Run:
         with ExitStack() as stack:
             children: dict[str, Child] = {}
             for system in systems:
-                self._step(f"{name}: preparing {system}")
+                self._show(f"{name}: preparing {system}")
                 arguments = ["--model", name, "--system", system, "--threads", str(protocol.threads)]
                 child = Child("paring.bench.worker", arguments, protocol.environment())
                 children[system] = stack.enter_context(child)
                 self._ask(children, errors, system, "prepare", protocol.prepare_s, small=small)
-            for number in range(protocol.rounds):
-                for system in systems:
-                    self._step(f"{name}: round {number + 1}, {system}")
-                    if system in errors:
-                        continue
-                    self.busy += not quiet(protocol.patience_s)
-                    found = self._ask(children, errors, system, "round", protocol.round_s, seconds=protocol.seconds)
-                    if found:
-                        times[system].append(found)
+            for number, system in product(range(protocol.rounds), systems):
+                self._show(f"{name}: round {number + 1}, {system}")
+                if system in errors:
+                    continue
+                self.busy += not quiet(protocol.patience_s)
+                found = self._ask(children, errors, system, "round", protocol.round_s, seconds=protocol.seconds)
+                if found:
+                    times[system].append(found)
         return [self._record(name, system, times[system], errors.get(system)) for system in systems]
 
     def _ask(
@@ -155,9 +155,9 @@ class _Run:
         child.pause()
         return found
 
-    def _step(self, description: str) -> None:
-        done = self.progress.tasks[0].description != ""
-        self.progress.update(self.task, description=description, advance=1 if done else 0)
+    def _show(self, description: str) -> None:
+        """A step begins, so the one before it is done: hence the count starts at -1."""
+        self.progress.update(self.task, description=description, advance=1)
 
     def _record(self, name: str, system: str, times: list[list[float]], error: str | None) -> Record:
         complete = error is None

@@ -18,6 +18,7 @@ from paring.ir.ops.binary import Where
 from paring.ir.ops.unary import Cast
 
 FOLD_LIMIT = 1_000_000
+HALF = (torch.float16, torch.bfloat16)
 Scalar = bool | int | float
 Operand = Node | Scalar
 Converted = Any  # a Node, or a tuple of Nodes, Nones and Missings, as the aten operator returns
@@ -43,6 +44,8 @@ class Missing:
 def dtype_name(dtype: torch.dtype) -> str:
     """The IR's name of a torch dtype; raises Unsupported for those the IR does not have."""
     name = str(dtype).removeprefix("torch.")
+    if dtype in HALF:
+        raise Unsupported("16-bit floats are not supported yet")
     if name not in DTYPES:
         raise Unsupported(f"dtype {name} is not supported")
     return name

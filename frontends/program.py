@@ -5,19 +5,27 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
 from paring.frontends.aten import TABLE
-from paring.frontends.aten_builder import FOLD_LIMIT, Builder, Converted, DataDependent, Missing, Unsupported, dtype_name
+from paring.frontends.aten_builder import (
+    FOLD_LIMIT,
+    HALF,
+    Builder,
+    Converted,
+    DataDependent,
+    Missing,
+    Unsupported,
+    dtype_name,
+)
 from paring.frontends.provenance import loc_of
 from paring.ir import Graph, Input, Loc, Node, TensorType
 from paring.ir.errors import InternalError, IRTypeError, ModelError, UnsupportedOpsError
 
-HALF = (torch.float16, torch.bfloat16)
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 SHOWN_LINES = 5
 
@@ -139,12 +147,14 @@ class Importer:
         try:
             self.builder.types = result_types(node)
             converter = TABLE.get(name)
-            if missing:
-                if converter is None or missing[0].reason:
+            if converter is None:
+                result = self._by_torch(node.target, args, kwargs)
+            elif missing:
+                if missing[0].reason:
                     raise Unsupported(missing[0].reason)
                 return Missing()
-            bound = bind(node.target, args, kwargs) if isinstance(node.target, torch._ops.OpOverload) else ()
-            result = self._by_torch(node.target, bound) if converter is None else converter(self.builder, *bound)
+            else:
+                result = converter(self.builder, *bind(cast(torch._ops.OpOverload, node.target), args, kwargs))
         except (Unsupported, IRTypeError) as error:
             why = f"{error.what}: {error.why}".removesuffix(": ") if isinstance(error, IRTypeError) else str(error)
             original = node.meta.get("original_aten")
@@ -155,14 +165,17 @@ class Importer:
         self._check(name, result)
         return result
 
-    def _by_torch(self, target: Any, bound: Sequence[Any]) -> Converted:
+    def _by_torch(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Converted:
         """What has no row but only constant operands (arange, linspace, masks) is computed by torch itself, now."""
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            raise Unsupported("control flow is not supported")
         if not isinstance(target, torch._ops.OpOverload):
-            raise Unsupported("control flow and custom calls are not supported" if "higher_order" in str(target) else "")
+            raise Unsupported("")
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise Unsupported("it draws random numbers")
-        nodes = [a for a in _flat(bound) if isinstance(a, Node)]
-        foldable = all(self.builder.known(n) is not None and n.type.size <= FOLD_LIMIT for n in nodes)
+        bound = bind(target, args, kwargs)
+        operands = [a for a in _flat(bound) if isinstance(a, Node | Missing)]
+        foldable = all(isinstance(n, Node) and n in self.builder.values and n.type.size <= FOLD_LIMIT for n in operands)
         tensors = all(isinstance(r.type, torch.TensorType) for r in target._schema.returns)
         if target.namespace not in ("aten", "prims") or not foldable or not tensors:
             raise Unsupported("")

@@ -255,7 +255,8 @@ def _from_torch(tensor: Any, where: str) -> np.ndarray:
     try:
         array: np.ndarray = tensor.detach().resolve_conj().resolve_neg().numpy()
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"{where} can not be read as an array", where=where, why=str(error).splitlines()[0]) from None
+        what, why = f"{where} can not be read as an array", str(error).splitlines()[0]
+        raise InputError(what, where=where, why=why, hint="pass a plain tensor of the expected dtype") from None
     return array
 
 

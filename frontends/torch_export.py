@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cache, partial
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from paring.frontends.aten import TABLE
-from paring.frontends.program import HALF, Importer, bind, operator_name
+from paring.frontends.aten_builder import HALF
+from paring.frontends.program import Importer, bind, operator_name
 from paring.frontends.provenance import loc_of, user_line
 from paring.frontends.structure import Imported, Signature, Tree
 from paring.ir import Input
@@ -151,13 +154,17 @@ def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     # The fast path of torch's own transformer layers is one opaque operator.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # On failure torch prints the graph so far to stderr; what the model itself prints is passed on.
+    said = io.StringIO()
     try:
-        with torch.no_grad():
-            return torch.export.export(model, args, kwargs)
+        with torch.no_grad(), redirect_stderr(said):
+            program = torch.export.export(model, args, kwargs)
     except Exception as error:
         raise _model_error(error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+    sys.stderr.write(said.getvalue())
+    return program
 
 
 def _model_error(error: Exception) -> ModelError:

@@ -19,13 +19,16 @@ from paring.ir.types import TensorType
 MAX_NESTING = 8
 
 _TOKEN = re.compile(
-    r"""(?P<space>[ \t\r]+|\#[^\n]*)
-      | (?P<newline>\n)
+    r"""[ \t\r]*(?:\#[^\n]*)?
+      (?:
+        (?P<newline>\n)
       | (?P<string>"(?:[^"\\\n]|\\.)*")
       | (?P<value>%\d+)
       | (?P<number>[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\d+|inf\b|nan\b))
       | (?P<word>[A-Za-z_][A-Za-z_0-9]*)
-      | (?P<mark>[(){}\[\]=:,@])""",
+      | (?P<mark>[(){}\[\]=:,@])
+      | (?P<end>\Z)
+      )""",
     re.VERBOSE,
 )
 _ESCAPE = re.compile(r"\\(u[0-9a-f]{8}|.)")
@@ -60,18 +63,19 @@ class _Token:
 
 
 def _tokens(text: str) -> list[_Token]:
-    tokens, position, line, start = [], 0, 1, 0
-    while position < len(text):
+    tokens: list[_Token] = []
+    position, line, start = 0, 1, 0
+    while not tokens or tokens[-1].kind != "end":
         match = _TOKEN.match(text, position)
         if not match:
+            position += len(text[position:]) - len(text[position:].lstrip(" \t\r"))
             raise ParseError(f"unexpected {text[position]!r}", where=f"line {line}, column {position - start + 1}")
         kind = match.lastgroup or ""
-        if kind == "newline":
-            line, start = line + 1, match.end()
-        elif kind != "space":
-            tokens.append(_Token(kind, match[0], line, position - start + 1))
         position = match.end()
-    tokens.append(_Token("end", "", line, position - start + 1))
+        if kind == "newline":
+            line, start = line + 1, position
+        else:
+            tokens.append(_Token(kind, match[kind], line, match.start(kind) - start + 1))
     return tokens
 
 

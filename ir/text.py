@@ -93,5 +93,7 @@ def literal(value: object) -> str:
 
 def quote(text: str) -> str:
     """A string in double quotes with everything odd escaped, on one line."""
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        return f'"{text}"'
     safe = "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else f"\\u{ord(c):08x}" for c in text)
     return f'"{safe}"'

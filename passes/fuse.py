@@ -53,8 +53,9 @@ class _Group:
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Each anchor (convolution, product, norm, reduction, attention) with the elementwise nodes behind it, and chains of
-    elementwise nodes, become one region.
+    """Each anchor with the elementwise nodes around it, and each chain of elementwise nodes, becomes one region.
+
+    Anchors are convolutions, products, norms, reductions, poolings and attention.
 
     `max_nodes` bounds the size of a region.
     """

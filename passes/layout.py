@@ -29,6 +29,9 @@ class Layout(Pass):
 
     `block` is the number of channels in a block, a multiple of the target's vector width. Images change layout only where
     a blocked part of the network begins or ends; a transformation is shared by all its readers.
+
+    Exact while values are finite: an infinity that a convolution reads leaves NaN in its lanes of padding (0 * inf), which
+    the next convolution spreads over all its outputs.
     """
 
     name = "layout"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paring.ir.graph import Node
-from paring.ir.ops import binary, conv, shape
+from paring.ir.ops import binary, conv, shape, unary
 from paring.passes.base import Pass
 from paring.passes.contract import Close
 from paring.passes.pattern import Match, Rule, any_, op
@@ -16,6 +17,15 @@ def _blocked_gate(node: Node) -> bool:
     """A broadcast over the image of one factor for each channel, blocked: (1, C/b, 1, 1, b)."""
     (source,) = node.inputs
     return source.type.rank == 5 and source.type.shape[0] == 1 and source.type.shape[2:4] == (1, 1)
+
+
+def _bounded(node: Node) -> bool:
+    match node.op:
+        case unary.Clamp(low=low, high=high):
+            return math.isfinite(low) and math.isfinite(high)
+        case unary.Sigmoid() | unary.HardSigmoid() | unary.Tanh():
+            return True
+    return False
 
 
 def gate_to_weights(m: Match) -> Node | None:
@@ -29,6 +39,8 @@ def gate_to_weights(m: Match) -> Node | None:
         return m.decline("each image of the batch has a gate of its own")
     if weight.type.size >= gated.type.size:
         return m.decline("there are more weights than pixels")
+    if any(pair != (0, 0) for pair in layer.padding) and not _bounded(s):
+        return m.decline("the gate may be infinite, and an infinite weight makes NaN of padding")
     # s varies over (I/b, b) of the weight's (O/b, I/b, KH, KW, b, b).
     along = m.make(shape.Reshape((1, s.type.shape[1], 1, 1, s.type.shape[4], 1)), s)
     scaled = m.make(binary.Mul(), weight, m.make(shape.Broadcast(weight.type.shape), along))

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+GRAPHS_IN_A_PART = 64
 
 # `python -m pytest` puts the root on the path, where a bare `import ir` would load a second copy of the package.
 sys.path[:] = [str(TESTS), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, TESTS))]
@@ -29,5 +30,14 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def graph_count(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--graphs"))
+def trials(request: pytest.FixtureRequest) -> int:
+    """How many graphs each rule is tried on."""
+    return max(60, int(request.config.getoption("--graphs")) // 100)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Random graphs are tried in parts, so that workers share them and no test runs into its time limit."""
+    if "seeds" in metafunc.fixturenames:
+        count = int(metafunc.config.getoption("--graphs"))
+        parts = [range(start, min(start + GRAPHS_IN_A_PART, count)) for start in range(0, count, GRAPHS_IN_A_PART)]
+        metafunc.parametrize("seeds", parts, ids=[str(part.start) for part in parts])

@@ -27,12 +27,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
 """All rules, by the pass that applies them."""
 
 
-def _slice(b: Builder, x: Node, *, least: int = 0, steps: bool = True) -> Node:
-    """Any part of x, of at least `least` elements along each dimension."""
-    starts = [int(b.rng.integers(0, size - least + 1)) for size in x.type.shape]
-    stops = [int(b.rng.integers(start + least, size + 1)) for start, size in zip(starts, x.type.shape, strict=True)]
-    stride = tuple(b.choose(1, 1, 2) if steps else 1 for _ in starts)
-    return b.node(shape.Slice(tuple(starts), tuple(stops), stride), x)
+def _slice(b: Builder, x: Node) -> Node:
+    """Any part of x, mostly a large one, sometimes none."""
+    starts, stops = [], []
+    for size in x.type.shape:
+        start, stop = int(b.rng.integers(0, size // 3 + 1)), int(b.rng.integers(size - size // 3, size + 1))
+        starts.append(start)
+        stops.append(start if b.chance(0.05) else stop)
+    return b.node(shape.Slice(tuple(starts), tuple(stops), tuple(b.choose(1, 1, 2) for _ in starts)), x)
 
 
 def _turn(b: Builder, x: Node) -> Node:
@@ -65,7 +67,7 @@ def merge_broadcasts(b: Builder) -> Node:
 
 
 def merge_slices(b: Builder) -> Node:
-    return _slice(b, _slice(b, b.tensor(1, 2, 3)))
+    return _slice(b, _slice(b, b.input(*((9,) if b.chance(0.5) else (4, 11)))))
 
 
 def transpose_to_reshape(b: Builder) -> Node:
@@ -155,11 +157,10 @@ def matmul_to_linear(b: Builder) -> Node:
 
 def slice_of_concat(b: Builder) -> Node:
     x = b.tensor(2, 3, 4)
-    y = _slice(b, x, least=1, steps=False)
-    y = b.node(shape.Slice((0,) * x.type.rank, (*x.type.shape[:-1], y.type.shape[-1]), (1,) * x.type.rank), x)
+    width = int(b.rng.integers(1, x.type.shape[-1] + 1))
+    y = b.node(shape.Slice((0,) * x.type.rank, (*x.type.shape[:-1], width), (1,) * x.type.rank), x)
     joined = b.node(shape.Concat(x.type.rank - 1), y, x, y)
-    size, begin = x.type.shape[-1], y.type.shape[-1]
-    start, stop = sorted(int(v) for v in b.rng.integers(begin, begin + size + 1, 2))
+    start, stop = sorted(int(v) for v in b.rng.integers(width, width + x.type.shape[-1] + 1, 2))
     lead = x.type.shape[:-1]
     return b.node(shape.Slice((*(0,) * len(lead), start), (*lead, stop), (1,) * x.type.rank), joined)
 
@@ -273,12 +274,15 @@ def pack_linear(b: Builder) -> Node:
 def _gate_to_weights(bias: bool) -> Plant:
     def plant(b: Builder) -> Node:
         channels = 2 * BLOCK
-        x = b.input(1, 2, b.choose(6, 8), b.choose(6, 9), BLOCK)
-        gate = b.node(unary.Clamp(-2.0, 2.0), b.input(1, 2, 1, 1, BLOCK))
+        x = b.input(1, 2, b.choose(7, 8), b.choose(6, 9), BLOCK)
+        kernel = b.choose(1, 3)
+        gate = b.input(1, 2, 1, 1, BLOCK)
+        gate = gate if b.chance(0.2) else b.node(unary.Clamp(-2.0, 2.0), gate)
         gated = b.node(binary.Mul(), *((x, b.node(shape.Broadcast(x.type.shape), gate))[:: b.choose(1, -1)]))
         blocks = f"OIHW{BLOCK}i{BLOCK}o"
-        weight = b.node(pack.PackConvWeight(blocks), b.weights(BLOCK, channels, 1, 1))
-        op = conv.Conv2d(layout=f"NCHW{BLOCK}c", out_layout=f"NCHW{BLOCK}c", weight_layout=blocks)
+        weight = b.node(pack.PackConvWeight(blocks), b.weights(BLOCK, channels, kernel, kernel))
+        pad = (kernel // 2, kernel // 2)
+        op = conv.Conv2d(padding=(pad, pad), layout=f"NCHW{BLOCK}c", out_layout=f"NCHW{BLOCK}c", weight_layout=blocks)
         return b.node(op, gated, weight, *([b.weights(BLOCK)] if bias else []))
 
     return plant

@@ -405,7 +405,7 @@ def test_a_failed_save_leaves_nothing(
     before = contents(path) if again else None
     owner = {"fsync": os, "rename": Path, "open": Path}[call]
     original = getattr(owner, call)
-    for failing in range(6):
+    for failing in range(20):
         calls = 0
 
         def fail(*args: Any, turn: int = failing, **options: Any) -> Any:
@@ -424,6 +424,7 @@ def test_a_failed_save_leaves_nothing(
             except ArtifactError as error:
                 said = str(error)
         if not said:
+            assert failing >= 1
             break
         assert "No space" in said
         assert os.listdir(tmp_path) == ([path.name] if again else [])
@@ -437,3 +438,29 @@ def test_places_that_cannot_be_written(built: Built, tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="cannot write"):
             save(path, built, structure={}, report={})
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_that_grows_too_large(built: Built, tmp_path: Path) -> None:
+    """The limit of a process stands in for a full disk: the write itself fails, inside libraries too."""
+    import resource
+    import signal
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (10, 200, 2000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            with pytest.raises(ArtifactError, match="cannot write"):
+                save(tmp_path / "net.paring", built, structure={}, report={})
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            assert os.listdir(tmp_path) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize("report", [{"loss": float("nan")}, {"array": np.zeros(2)}, {1: {2}}])
+def test_reports_that_are_not_json(built: Built, tmp_path: Path, report: Any) -> None:
+    with pytest.raises(ArtifactError, match="not JSON"):
+        save(tmp_path / "net.paring", built, structure={}, report=report)
+    assert os.listdir(tmp_path) == []

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 from planting import PASS_PLANTERS, PLANTERS, RULES
-from wrong_variants import WRONG, WRONG_PASSES
+from wrong_passes import WRONG_PASSES
+from wrong_variants import WRONG
 
 from paring.ir.errors import ParingError
 from paring.passes.base import Pass
@@ -67,8 +68,8 @@ def test_every_rule_states_its_formula() -> None:
 
 
 @pytest.mark.parametrize(("rule", "plant"), [e[1:] for e in EACH], ids=[e[0] for e in EACH])
-def test_a_rule_keeps_its_contract(rule: Rule, plant: Plant) -> None:
-    report = check_pass(rule, plant=plant, trials=TRIALS, size=4)
+def test_a_rule_keeps_its_contract(rule: Rule, plant: Plant, trials: int) -> None:
+    report = check_pass(rule, plant=plant, trials=trials, size=4)
     assert report.fired >= 50
 
 
@@ -80,9 +81,9 @@ def test_a_wrong_rule_is_found_out(rule: Rule, plant: Plant) -> None:
 
 
 @pytest.mark.parametrize("text", PASS_PLANTERS)
-def test_a_pass_keeps_its_contract(text: str) -> None:
+def test_a_pass_keeps_its_contract(text: str, trials: int) -> None:
     (transformation,) = parse_pipeline(text)
-    report = check_pass(transformation, plant=PASS_PLANTERS[text], trials=80, size=6, lanes=LANES_OF.get(text, LANES))
+    report = check_pass(transformation, plant=PASS_PLANTERS[text], trials=trials, size=6, lanes=LANES_OF.get(text, LANES))
     assert report.fired >= 50
 
 

@@ -17,7 +17,7 @@ from paring.ir import Graph, Input, Node, interpret
 from paring.ir.ops.binary import Add
 from paring.ir.ops.conv import Conv2d, conv_extent
 from paring.ir.ops.shape import Broadcast
-from paring.ir.ops.unary import Clamp, Relu
+from paring.ir.ops.unary import Clamp, Floor, Relu
 
 X86 = ("x86-avx512", "x86-avx2")
 Pair = tuple[int, int]
@@ -61,6 +61,8 @@ def region(
     y = Node(op, given)
     if epilogue == "relu":
         return Graph(given, (Node(Relu(), (y,)),))
+    if epilogue == "floor":  # one that is written by way of memory
+        return Graph(given, (Node(Floor(), (y,)),))
     if epilogue == "none":
         return Graph(given, (y,))
     other, scale = inputs(y.type.shape, (co, 1, 1, block))
@@ -118,7 +120,7 @@ def draw(rng: np.random.Generator, block: int, deep: bool) -> Graph | None:
         int(rng.integers(1, 3)),
         plain,
         rng.random() < 0.7,
-        str(rng.choice(["relu", "none", "add"])),
+        str(rng.choice(["relu", "none", "add", "floor"])),
     )
 
 

@@ -16,7 +16,7 @@ from paring.ir import Graph, Input, Node, interpret
 from paring.ir.ops.binary import Add
 from paring.ir.ops.linear import Linear, Matmul
 from paring.ir.ops.shape import Broadcast
-from paring.ir.ops.unary import Clamp, Relu
+from paring.ir.ops.unary import Clamp, Floor, Relu
 
 X86 = ("x86-avx512", "x86-avx2")
 Shape = tuple[int, ...]
@@ -40,6 +40,8 @@ def close(given: list[Node], y: Node, epilogue: str) -> Graph:
         return Graph(tuple(given), (y,))
     if epilogue == "relu":
         return Graph(tuple(given), (Node(Relu(), (y,)),))
+    if epilogue == "floor":  # one that is written by way of memory
+        return Graph(tuple(given), (Node(Floor(), (y,)),))
     other, row = inputs(y.type.shape, y.type.shape[-1:])
     y = Node(Add(), (Node(Add(), (y, other)), Node(Broadcast(y.type.shape), (row,))))
     return Graph((*given, other, row), (Node(Clamp(-300.0, 500.0), (y,)),))
@@ -88,7 +90,7 @@ def test_random_linear(name: str) -> None:
         leading = tuple(map(int, rng.integers(1, 9, rng.integers(0, 4))))
         depth, features = (int(rng.integers(1, high)) for high in (60, 150))
         bodies.append(
-            linear(target.block, leading, depth, features, rng.random() < 0.7, str(rng.choice(["relu", "none", "add"])))
+            linear(target.block, leading, depth, features, rng.random() < 0.7, str(rng.choice(["relu", "none", "add", "floor"])))
         )
     check(bodies, target)
 
@@ -101,7 +103,7 @@ def test_random_matmul(name: str) -> None:
     for _ in range(32):
         leading = tuple(map(int, rng.integers(1, 4, rng.integers(0, 3))))
         sizes = (int(rng.integers(1, high)) for high in (40, 40, 60))
-        bodies.append(matmul(leading, *sizes, str(rng.choice(["relu", "none", "add"]))))
+        bodies.append(matmul(leading, *sizes, str(rng.choice(["relu", "none", "add", "floor"]))))
     check(bodies, target)
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 
 from tvm import tirx
 
-from paring.backends.kernel import Kernel, Lanes, Scalar
+from paring.backends.kernel import Kernel, Lanes, Scalar, flatten
 from paring.backends.schedules.tiles import (
     CHAINS,
     Accumulators,
     Ahead,
+    Block,
     Run,
     balanced,
     dispatch,
@@ -132,16 +134,19 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
     shape = Shape.of(anchor)
     columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
     channels = runs(balanced(shape.out_blocks, knobs.blocks))
-    width = tile_count(columns)
     macs = anchor.op.macs(anchor.type, *(operand.type for operand in anchor.inputs))
-    # Channels before pixels: the weights of a tile stay in the cache and are read from memory once.
-    extents = (shape.images, shape.groups, tile_count(channels), shape.out_height, width)
-    with kernel.parallel(extents, macs // MACS_PER_NS) as (n, group, channel, y, column):
+    # Channels before pixels: the weights of a tile stay in the cache while they are used. Large ones serve all images at once.
+    order = (1, 2, 0, 3, 4) if anchor.inputs[1].type.size * shape.images > anchor.inputs[0].type.size else (0, 1, 2, 3, 4)
+    extents = (shape.images, shape.groups, tile_count(channels), shape.out_height, tile_count(columns))
+    inner = order.index(2) + 1
+    with kernel.parallel([extents[i] for i in order], macs // MACS_PER_NS) as position:
+        n, group, channel, y, column = (position[order.index(i)] for i in range(5))
+        turns = [extents[i] for i in order[inner:]]
+        turn = flatten(position[inner:], turns)
 
         def at_channel(first: Scalar, blocks: Run) -> None:
             def at_column(x: Scalar, tile: Run) -> None:
-                turn, turns = y * width + column, shape.out_height * width
-                _Tile(kernel, anchor, shape, (n, group, first, y, x), blocks.width, tile, turn, turns).emit()
+                _Tile(kernel, anchor, shape, (n, group, first, y, x), blocks.width, tile, turn, prod(turns)).emit()
 
             dispatch(kernel, column, columns, at_column)
 
@@ -196,9 +201,7 @@ class _Tile:
         with k.loop(s.in_blocks) as ci:
             ahead.step(self.turn * s.in_blocks + ci)
             self._accumulate(ci, low, high)
-        for i in range(self.tile.width):
-            for j in range(self.blocks):
-                finish(k, self.anchor, self._index(i, j), self.sums.value(i, j))
+        finish(k, self.anchor, Block(self.tile.width, [s.block] * self.blocks, self.sums.value, self._index))
 
     def _accumulate(self, ci: Scalar, low: Scalar, high: Scalar) -> None:
         """All taps of the kernel rows [low, high) over one block of input channels."""
@@ -242,7 +245,7 @@ class _Tile:
             for j, vector in enumerate(vectors):
                 self.sums.add_product(i, j, pixel, vector)
 
-    def _index(self, i: int, j: int) -> tuple[object, ...]:
+    def _index(self, i: Scalar, j: int) -> tuple[object, ...]:
         """Of one vector of the tile in the anchor's result."""
         s, x = self.shape, self.x + i
         _, _, _, width, _ = self.anchor.type.shape

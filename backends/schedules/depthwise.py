@@ -12,6 +12,7 @@ from paring.backends.kernel import Kernel, Lanes, Scalar
 from paring.backends.schedules.conv import MACS_PER_NS, Shape, kernel_rows
 from paring.backends.schedules.tiles import (
     Accumulators,
+    Block,
     Run,
     balanced,
     dispatch,
@@ -19,6 +20,7 @@ from paring.backends.schedules.tiles import (
     runs,
     takes_epilogue,
     tile_count,
+    tile_height,
 )
 from paring.backends.targets import Target
 from paring.ir import layout as lay
@@ -49,10 +51,8 @@ def find(body: Graph, target: Target) -> Node | None:
 
 
 def knobs(node: Node, target: Target) -> DepthwiseKnobs:
-    """The default settings: one kernel row of weights and one input stay in registers beside the tile."""
-    width = -(-target.block // target.lanes)
-    taps = node.inputs[1].type.shape[3]
-    return DepthwiseKnobs(max((target.registers - 2) // width - taps, 4))
+    """The default settings: half of the registers, so that one tile starts while another is written."""
+    return DepthwiseKnobs(tile_height(target, target.block, 2))
 
 
 def emit(kernel: Kernel, anchor: Node, knobs: DepthwiseKnobs) -> None:
@@ -93,8 +93,7 @@ def _tile(kernel: Kernel, anchor: Node, shape: Shape, at: tuple[Scalar, ...], ti
             pixel = kernel.bind(kernel.load(image, Lanes(origin + column * lanes, lanes)))
             for i, tap in uses:
                 sums.add_product(i, 0, pixel, taps[tap])
-    for i in range(tile.width):
-        finish(kernel, anchor, (n, block, y, x + i, Lanes(0, lanes)), sums.value(i, 0))
+    finish(kernel, anchor, Block(tile.width, [lanes], sums.value, lambda i, _: (n, block, y, x + i, Lanes(0, lanes))))
 
 
 def _uses(shape: Shape, tile: Run) -> dict[int, list[tuple[int, int]]]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, unflatten
+from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, unflatten
 from paring.backends.schedules.tiles import (
     CHAINS,
     Accumulators,
     Ahead,
+    Block,
     Run,
     balanced,
     dispatch,
@@ -33,12 +34,11 @@ from paring.ir.ops.linear import Linear, Matmul
 
 @dataclass(frozen=True)
 class GemmKnobs:
-    """A register tile of at most `rows` x `vectors`, each sum in `steps` parts; `rows_outer`: all columns of a row tile first."""
+    """A register tile of at most `rows` x `vectors`, each sum in `steps` parts."""
 
     rows: int
     vectors: int
     steps: int = 1
-    rows_outer: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,12 @@ def emit(kernel: Kernel, anchor: Node, knobs: GemmKnobs) -> None:
     """Write the loops of a region around that product."""
     shape = Shape.of(anchor, kernel.target)
     rows, columns = runs(balanced(shape.rows, knobs.rows)), shape.column_runs(knobs.vectors)
-    extents = (shape.batch, tile_count(columns), tile_count(rows))
-    order = (0, 2, 1) if knobs.rows_outer else (0, 1, 2)
+    turns = tile_count(rows)
     macs = anchor.op.macs(anchor.type, *(operand.type for operand in anchor.inputs))
-    with kernel.parallel([extents[i] for i in order], macs // MACS_PER_NS) as turns:
-        batch, column, row = (turns[order.index(i)] for i in range(3))
+    with kernel.parallel((shape.batch, tile_count(columns), turns), macs // MACS_PER_NS) as (batch, column, row):
 
         def at_column(first: Scalar, vectors: Run) -> None:
             def at_row(m: Scalar, tile: Run) -> None:
-                turns = 0 if knobs.rows_outer else tile_count(rows)
                 _Tile(kernel, anchor, shape, knobs.steps, (batch, first, m), vectors, tile.width, row, turns).emit()
 
             dispatch(kernel, row, rows, at_row)
@@ -124,7 +121,7 @@ CHUNK = 16
 class _Tile:
     """One register tile: `height` rows, `vectors.width` vectors of columns; at = (batch, first vector, first row).
 
-    It is number `turn` of the `turns` tiles in a row that use the same weights; 0: other weights follow at once.
+    It is number `turn` of the `turns` tiles that use the same weights.
     """
 
     kernel: Kernel
@@ -145,11 +142,14 @@ class _Tile:
             self.sums.start(j, zero_from=self.height, value=self._bias(j))
         self.row = k.bind(self.batch * s.rows + self.m)
         self._reduce()
+        widths = [self._width(j) for j in range(self.vectors.width)]
+        finish(k, self.anchor, Block(self.height, widths, self._total, self._index))
+
+    def _index(self, i: Scalar, j: int) -> Index:
+        """Of one vector of the tile in the anchor's result."""
         leading = self.anchor.type.shape[:-1]
-        for i in range(self.height):
-            at = unflatten(self.m + i, leading) if s.packed else (*unflatten(self.batch, leading[:-1]), self.m + i)
-            for j in range(self.vectors.width):
-                finish(k, self.anchor, (*at, Lanes(self._column(j), self._width(j))), self._total(i, j))
+        row = unflatten(self.m + i, leading) if self.shape.packed else (*unflatten(self.batch, leading[:-1]), self.m + i)
+        return (*row, Lanes(self._column(j), self._width(j)))
 
     def _column(self, j: int) -> Scalar:
         return (self.first + j) * self.shape.lanes
@@ -173,7 +173,7 @@ class _Tile:
     def _reduce(self) -> None:
         """Add the products along the whole depth, `steps` at a time."""
         k, s, width = self.kernel, self.shape, self.vectors.width
-        if not s.packed or not self.turns or s.depth < CHUNK:
+        if not s.packed or s.depth < CHUNK:
             return self._stretch(0, s.depth)
         chunks, rest = divmod(s.depth, CHUNK)
         slab = s.depth * s.lanes

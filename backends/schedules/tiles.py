@@ -12,12 +12,32 @@ from tvm.script.ir_builder import tirx as T
 from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, splat
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
-from paring.ir.ops.binary import Binary, Where
-from paring.ir.ops.core import Const
+from paring.ir.ops.binary import Add, Binary, Maximum, Minimum, Mul, Sub, Where
+from paring.ir.ops.core import Const, Input
 from paring.ir.ops.shape import Broadcast
-from paring.ir.ops.unary import Unary
+from paring.ir.ops.unary import Abs, Cast, Clamp, HardSigmoid, HardSwish, LeakyRelu, Neg, Relu, Unary
 
 ELEMENTWISE = (Unary, Binary, Where)
+# Ops of a few instructions, and those that are no instructions at all.
+CHEAP = (
+    Relu,
+    Clamp,
+    LeakyRelu,
+    HardSwish,
+    HardSigmoid,
+    Neg,
+    Abs,
+    Cast,
+    Add,
+    Sub,
+    Mul,
+    Maximum,
+    Minimum,
+    Where,
+    Broadcast,
+    Input,
+    Const,
+)
 
 
 def takes_epilogue(body: Graph, anchor: Node) -> bool:
@@ -39,11 +59,51 @@ def takes_epilogue(body: Graph, anchor: Node) -> bool:
     return body.outputs[0] in behind
 
 
-def finish(kernel: Kernel, anchor: Node, index: Index, value: Value) -> None:
-    """Run the region's epilogue on one vector of the anchor's result and write it."""
+@dataclass(frozen=True)
+class Block:
+    """rows x vectors results of an anchor: `value(row, vector)`, to stand at `index(row, vector)` of its shape.
+
+    Vector j has `widths[j]` lanes. `value` takes numbers, `index` takes expressions too.
+    """
+
+    rows: int
+    widths: Sequence[int]
+    value: Callable[[int, int], Value]
+    index: Callable[[Scalar, int], Index]
+
+
+def finish(kernel: Kernel, anchor: Node, block: Block) -> None:
+    """Run the region's epilogue on the results of an anchor and write them."""
+    short = all(isinstance(node.op, CHEAP) for node in kernel.body.nodes() if node is not anchor)
+    for j, width in enumerate(block.widths):
+        if short:
+            for i in range(block.rows):
+                _finish_one(kernel, anchor, block.index(i, j), block.value(i, j))
+            continue
+        # A long epilogue is written out once: unrolled, it would take seconds to compile.
+        for part in runs(balanced(block.rows, STACK_BYTES // (4 * width))):
+            for first in range(part.start, part.start + part.count * part.width, part.width):
+                _finish_loop(kernel, anchor, block, j, range(first, first + part.width))
+
+
+def _finish_one(kernel: Kernel, anchor: Node, index: Index, value: Value) -> None:
     with kernel.scope():
         kernel.anchors[anchor] = lambda _: value
         kernel.finish(index)
+
+
+def _finish_loop(kernel: Kernel, anchor: Node, block: Block, j: int, rows: range) -> None:
+    """The rows of one vector by way of memory, in a loop."""
+    width = block.widths[j]
+    memory = kernel.local(len(rows) * width, anchor.type.dtype)
+    for position, i in enumerate(rows):
+        kernel.store(memory, Lanes(position * width, width), block.value(i, j))
+    with kernel.loop(len(rows)) as position:
+        _finish_one(kernel, anchor, block.index(position + rows.start, j), kernel.load(memory, Lanes(position * width, width)))
+
+
+# TVM takes buffers of 1 KiB and more from the heap.
+STACK_BYTES = 1023
 
 
 @dataclass(frozen=True)

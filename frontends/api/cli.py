@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,11 +36,15 @@ def compile_(
     from time import perf_counter
 
     import paring
-    from paring.cli_inputs import chosen_passes, load_model
+    from paring.cli_inputs import check_writable, chosen_passes, load_model
 
     start = perf_counter()
+    check_writable(output)
+    check_writable(dump)
     with progress() as tell:
         chosen = chosen_passes(target, passes, pipeline, plugin or ())
+        if check:
+            _check_runs(target, device)
         tell(f"reading {model}", 0, 0)
         example = load_model(model, seed)
         net = paring.compile(
@@ -73,6 +78,14 @@ def compile_(
     lines += [str(verdict)] if verdict else []
     code = MISMATCH if verdict and not verdict.ok else OK
     return Report(data, [ledger_table(net.ledger), *map(text, lines)], code)
+
+
+def _check_runs(target: str, device: str | None) -> None:
+    from paring.backends import targets
+    from paring.errors import ArgumentError
+
+    if device is None and targets.resolve(target).device != "host":
+        raise ArgumentError(f"--check runs the network, and this host does not run {target}", hint="add --device emulator")
 
 
 def _verdict(net: Any, example: Any) -> Any:
@@ -147,7 +160,7 @@ def _root(
     """
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Report]] = {
     "compile": compile_,
     "inspect": inspect,
     "run": run,
@@ -161,7 +174,10 @@ COMMANDS = {
 
 
 def make_app() -> typer.Typer:
-    app = typer.Typer(name="paring", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+    settings = {"help_option_names": ["-h", "--help"]}
+    app = typer.Typer(
+        name="paring", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, context_settings=settings
+    )
     app.callback()(_root)
     for name, function in COMMANDS.items():
         app.command(name)(framed(function))

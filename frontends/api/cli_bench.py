@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from paring.cli_frame import MISMATCH, OK, USER, Report, text
-from paring.errors import ArgumentError
+from paring.cli_inputs import check_writable, find
 
 
 def split(names: str) -> tuple[str, ...]:
@@ -31,10 +28,11 @@ def bench(
     from paring.bench.peers import PEERS
     from paring.bench.run import host, run_bench, table
 
-    _known("suite", [suite], {model.suite for model in MODELS.values()})
-    _known("model", models, MODELS)
-    _known("system", systems, PEERS)
-    _writable(file)
+    find(suite, dict.fromkeys(["coverage", *(model.suite for model in MODELS.values())]), "suite")
+    for kind, names, known in (("model", models, MODELS), ("system", systems, PEERS)):
+        for name in names:
+            find(name, known, kind)
+    check_writable(file)
     records = run_bench(suite, models, systems, threads, rounds, file, **more)
     view = [table(records), text(f"{host()}; {threads} threads")]
     failed = all("error" in record for record in records)
@@ -46,24 +44,9 @@ def coverage(models: Sequence[str], threads: int, file: str | None, *, full: boo
     from paring.bench.coverage import coverage_table, run_coverage
     from paring.bench.models import MODELS
 
-    _known("model", models, MODELS)
-    _writable(file)
+    for name in models:
+        find(name, MODELS, "model")
+    check_writable(file)
     results = run_coverage(models, threads, file, full=full)
     data = [{**vars(result), "ok": result.ok} for result in results]
     return Report(data, [coverage_table(results)], OK if all(result.ok for result in results) else MISMATCH)
-
-
-def _known(kind: str, names: Sequence[str], there: Iterable[str]) -> None:
-    known = sorted(there)
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ArgumentError(f"no {kind} {name!r}", hint=f"{hint}known: {', '.join(known)}")
-
-
-def _writable(file: str | None) -> None:
-    """Better to know before an hour of timing than after it."""
-    folder = Path(file).absolute().parent if file else None
-    if folder is not None and folder.exists() and not os.access(folder, os.W_OK):
-        raise ArgumentError(f"cannot write {file}", hint="give a folder that you may write to")

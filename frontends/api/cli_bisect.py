@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,6 +145,7 @@ def _first_bad(graph: Graph, stages: Sequence[_Stage], arrays: Sequence[Array], 
 
 
 def _first_rewrite(stage: _Stage, oracle: Oracle, tell: Callable[[str], None]) -> Culprit:
+    @cache
     def judge(fuel: int) -> tuple[bool, Context, float, str]:
         tell(f"pass {stage.step} {stage.transformation.name}, rewrite {fuel} of {stage.rewrites}")
         after, context, error = _attempt(stage.transformation, stage.before, fuel)

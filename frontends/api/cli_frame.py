@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str, int, int], None]
 
+# How files of the user are called once they are imported.
+USER_MODULE = "paring_user_"
+
 OK, USER, USAGE, MISMATCH, OURS, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
@@ -112,7 +115,8 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Sequence[object]]) 
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    columns = list(columns)
+    shown = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, show_header=any(columns))
     for column in columns:
         shown.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
     for row in rows:
@@ -157,37 +161,46 @@ def _show(report: Report, as_json: bool) -> None:
     if as_json:
         print(json.dumps(as_plain_data(report.data), indent=1), flush=True)
         return
+    from rich.table import Table
+
     console = stdout()
-    for part in report.view:
-        console.print(part, soft_wrap=isinstance(part, str))
+    for number, part in enumerate(report.view):
+        if number and isinstance(part, Table):
+            console.print()
+        console.print(part)
     sys.stdout.flush()
 
 
 def _fail(error: Exception, as_json: bool, debug: bool) -> int:
     """Say what went wrong, and give the exit code."""
-    from paring.errors import ParingError
-
-    known = isinstance(error, ParingError)
-    code = error.exit_code if isinstance(error, ParingError) else OURS
-    said = {
-        "type": type(error).__name__,
-        "what": error.what if isinstance(error, ParingError) else f"{type(error).__name__}: {error}",
-        "where": getattr(error, "where", "") if known else "",
-        "why": getattr(error, "why", "") if known else "",
-        "hint": getattr(error, "hint", "") if known else "run it again with --debug, and report what that shows",
-    }
-    if not known:
-        said["why"] = "this is a mistake in Paring, not in what you gave it"
+    code, said = _explain(error)
     console = stderr()
     if debug:
-        console.print(text("".join(traceback.format_exception(error))))
-    console.print(text("error: ", "bold red"), text(said["what"]), sep="", end="\n", soft_wrap=True)
+        console.print(text("".join(traceback.format_exception(error))), soft_wrap=True)
+    console.print(text("error:", "bold red"), text(said["what"]), soft_wrap=True)
     for label in ("where", "why", "hint"):
         if said[label]:
             console.print(text(f"  {label}: {said[label]}"), soft_wrap=True)
     if as_json:
         print(json.dumps({"error": as_plain_data(said), "exit_code": code}, indent=1), flush=True)
     return code
+
+
+def _explain(error: Exception) -> tuple[int, dict[str, str]]:
+    """The exit code, and what, where, why and hint: an error of ours, one of the user's own code, or a mistake in Paring."""
+    from paring.errors import ParingError
+
+    kind = type(error).__name__
+    if isinstance(error, ParingError):
+        said = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
+        return error.exit_code, {"type": kind, **said}
+    said = {"type": kind, "what": f"{kind}: {error}"}
+    frames = [(f.f_globals.get("__name__", ""), f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    theirs = [f"{file}:{line}" for module, file, line in frames if module.startswith(USER_MODULE)]
+    if theirs:
+        return USER, {**said, "where": theirs[-1], "why": "code of yours raised it", "hint": "--debug shows the traceback"}
+    why = "this is a mistake in Paring, not in what you gave it"
+    return OURS, {**said, "where": "", "why": why, "hint": "run it again with --debug, and report what that shows"}
 
 
 @contextlib.contextmanager

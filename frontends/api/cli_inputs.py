@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paring.cli_frame import USER_MODULE
 from paring.ir.errors import ArgumentError, ModelError, ParingError
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ def load_object(spec: str, how: str) -> Any:
 def _from_file(spec: str, path: Path) -> Any:
     if not path.is_file():
         raise ArgumentError(f"no file {path}", hint=f"it is looked for from {Path.cwd()}")
-    name = f"paring_user_{path.stem}"
+    name = f"{USER_MODULE}{path.stem}"
     described = importlib.util.spec_from_file_location(name, path.resolve())
     if described is None or described.loader is None:
         raise ArgumentError(f"{path} is not a Python file", hint=HOW)
@@ -200,6 +202,24 @@ def read_arrays(paths: Sequence[Path]) -> list[Array]:
             raise ArgumentError(f"{path} holds several arrays", hint="give one .npy file for each input, in order")
         found.append(array)
     return found
+
+
+def find(name: str, known: Mapping[str, Any], kind: str) -> Any:
+    """`known[name]`. Raises ArgumentError with the nearest name."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.4)
+        raise ArgumentError(f"no {kind} {name!r}", hint=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+    return known[name]
+
+
+def check_writable(path: str | Path | None) -> None:
+    """Better to know before the work than after it. Raises ArgumentError where nothing can be written at `path`."""
+    if path is None:
+        return
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = f"{folder} is not a folder" if not folder.is_dir() else f"{folder} may not be written to"
+        raise ArgumentError(f"cannot write {path}", why=why, hint="give a place that you may write to")
 
 
 def load_plugins(specs: Sequence[str]) -> dict[str, type[Pass]]:

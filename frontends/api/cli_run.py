@@ -36,7 +36,9 @@ def run(
     A model is compiled first and, without --input, called with its own example inputs.
     """
     import paring
+    from paring.cli_inputs import check_writable
 
+    check_writable(output)
     if threads:
         paring.set_num_threads(threads)
     with progress() as tell:

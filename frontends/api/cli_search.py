@@ -56,7 +56,8 @@ def bisect(
     data = {"culprit": None, "passes": len(chosen), "check": verdict.as_json() if verdict else None}
     lines = [f"all {len(chosen)} passes keep their contracts on these inputs"]
     if verdict is None:
-        return Report(data, [text(lines[0])])
+        lines += [f"its kernels were not run: {target} needs a device (--device emulator)"] if target != "reference" else []
+        return Report(data, [*map(text, lines)])
     lines.append(str(verdict) if not verdict.ok else f"and the compiled network agrees with the reference ({verdict})")
     return Report(data, [*map(text, lines)], 0 if verdict.ok else MISMATCH)
 

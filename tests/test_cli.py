@@ -1,0 +1,595 @@
+"""The command line: each command, each exit code, --json, and everything that can be wrong with what it is given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+import paring.cli
+import paring.cli_bisect
+import paring.cli_check
+import paring.doctor
+from paring.cli import COMMANDS, make_app
+from paring.cli_frame import as_plain_data, plain
+from paring.ir import Const, Graph, Input, Node, constants, show
+from paring.ir.ops.binary import Add
+from paring.ir.ops.conv import Conv2d
+from paring.ir.ops.unary import Relu
+from paring.passes.pipelines import PASSES, parse_pipeline
+
+MODEL = """
+import os
+import torch
+from torch import nn
+
+os.write(1, b"noise from below\\n")
+print("noise")
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.bn = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x, scale=None):
+        y = torch.relu(self.bn(self.conv(x))).mean((2, 3))
+        return {"logits": self.head(y if scale is None else y * scale), "features": y}
+
+def make():
+    torch.manual_seed(0)
+    return Net().eval(), (torch.randn(1, 3, 8, 8),)
+
+def by_name():
+    torch.manual_seed(0)
+    return Net().eval(), {"x": torch.randn(1, 3, 8, 8), "scale": torch.tensor(2.0)}
+"""
+
+BAD_MODELS = """
+import os, signal, time
+
+def raises():
+    raise ValueError("no [bold]luck[/bold] \\x1b[31m")
+
+def lonely():
+    return 3
+
+def triple():
+    return 1, 2, 3
+
+def odd_inputs():
+    return 1, 2
+
+def needs(x):
+    return x
+
+def stops():
+    raise SystemExit(7)
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+
+number = 5
+"""
+
+PLUGIN = """
+from dataclasses import dataclass
+from paring.ir.ops.unary import Abs, Relu
+from paring.passes.base import Pass
+from paring.passes.contract import Exact
+from paring.passes.pattern import Rule, op
+
+def relu_to_abs(m):
+    "relu(x) -> abs(x), which is wrong"
+    if m.root.type.shape[1] == 1:
+        return m.decline("only one channel")
+    return m.make(Abs(), *m.root.inputs)
+
+def fails(m):
+    raise KeyError("mine")
+
+@dataclass(frozen=True)
+class Wrong(Pass):
+    "Turns relu into abs."
+    name = "wrong"
+    factor: float = 1.0
+
+    def rules(self):
+        return (Rule(op(Relu), relu_to_abs, Exact()),)
+
+@dataclass(frozen=True)
+class Failing(Pass):
+    "Raises."
+    name = "failing"
+
+    def rules(self):
+        return (Rule(op(Relu), fails, Exact()),)
+
+class NotAPass:
+    name = "nothing"
+"""
+
+
+class Result:
+    """What a command printed and how it ended."""
+
+    def __init__(self, *arguments: object) -> None:
+        found = CliRunner().invoke(make_app(), [str(argument) for argument in arguments], prog_name="paring")
+        self.code, self.out, self.err = found.exit_code, found.stdout, found.stderr
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def conv_graph(rng: np.random.Generator, depth: int = 2) -> Graph:
+    """Residual blocks."""
+    x = y = Node(Input("x", "float32", (1, 4, 6, 6)))
+    for _ in range(depth):
+        weight = Node(Const(rng.standard_normal((4, 4, 3, 3), dtype=np.float32) / 3))
+        y = Node(Add(), (Node(Relu(), (Node(Conv2d(padding=((1, 1), (1, 1))), (y, weight)),)), y))
+    return Graph((x,), (y,))
+
+
+@pytest.fixture
+def dumped(tmp_path: Path) -> Path:
+    """A graph as a dump writes it."""
+    graph = conv_graph(np.random.default_rng(0))
+    save_file(constants(graph), str(tmp_path / "constants.safetensors"))
+    path = tmp_path / "000_import.ir"
+    path.write_text(f"# import\n{show(graph)}")
+    return path
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    path = tmp_path / "plugin.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    path = tmp_path / "bad.py"
+    path.write_text(BAD_MODELS)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "net.py"
+    path.write_text(MODEL)
+    return path
+
+
+# What there is, without torch or TVM.
+
+
+@pytest.mark.fast
+def test_start_imports_nothing_heavy() -> None:
+    code = "import sys, paring.cli; print(sorted({'torch', 'tvm', 'numpy', 'networkx', 'pydantic'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.fast
+def test_version_and_help() -> None:
+    assert Result("--version").out == f"paring {paring.__version__}\n"
+    shown = Result("--help")
+    assert shown.code == 0
+    assert all(name in shown.out for name in COMMANDS)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(command: str) -> None:
+    shown = Result(command, "--help")
+    assert shown.code == 0
+    assert "--json" in shown.out
+    assert "--debug" in shown.out
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["compile"], ["compile", "a.py:f", "--nonsense"], ["run", "x.ir", "--repeat", "-1"]]
+)
+def test_wrong_usage_is_2(arguments: list[str]) -> None:
+    assert Result(*arguments).code == 2
+
+
+@pytest.mark.fast
+def test_passes() -> None:
+    found = Result("passes", "--json").json()
+    assert [entry["name"] for entry in found["passes"]] == list(PASSES)
+    for steps in found["pipelines"].values():
+        assert ", ".join(map(str, parse_pipeline(steps))) == steps
+    assert "canonicalize" in Result("passes").out
+
+
+@pytest.mark.fast
+def test_one_pass(plugin: Path) -> None:
+    found = Result("passes", "fold-bn", "--json").json()
+    assert "fold-batch-norm" in [rule["name"] for rule in found["rules"]]
+    assert all("->" in rule["formula"] for rule in found["rules"])
+    found = Result("passes", "wrong", "--plugin", f"{plugin}:Wrong", "--json").json()
+    assert found["options"] == [{"name": "factor", "type": "float", "default": 1.0}]
+    wrong = Result("passes", "fold-b")
+    assert wrong.code == 1
+    assert "did you mean 'fold-bn'?" in wrong.err
+
+
+@pytest.mark.fast
+def test_compile_and_run_a_dump_on_the_reference(dumped: Path, tmp_path: Path) -> None:
+    done = Result(
+        "compile", dumped, "--target", "reference", "--pipeline", "cse, fuse", "--dump", tmp_path / "d", "--check", "--json"
+    )
+    assert done.code == 0, done.err
+    found = done.json()
+    assert found["target"] == "reference"
+    assert found["check"]["ok"] is True
+    assert len(found["ledger"]["entries"]) == 2
+    assert (tmp_path / "d" / "000_import.ir").is_file()
+    done = Result("run", dumped, "--target", "reference", "--output", tmp_path / "out", "--repeat", 2, "--json")
+    found = done.json()
+    assert found["times"]["calls"] == 2
+    assert np.load(found["written"][0]).shape == (1, 4, 6, 6)
+    again = Result("run", dumped, "--target", "reference", "--seed", 1, "--json").json()
+    assert again["outputs"][0]["mean"] != found["outputs"][0]["mean"]
+
+
+@pytest.mark.fast
+def test_inputs_from_files(dumped: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((1, 4, 6, 6), np.float32))
+    done = Result("run", dumped, "--target", "reference", "--input", tmp_path / "x.npy", "--json")
+    assert done.json()["outputs"][0]["max"] == 0.0
+    np.save(tmp_path / "x.npy", np.zeros((1, 4, 6, 7), np.float32))
+    assert Result("run", dumped, "--target", "reference", "--input", tmp_path / "x.npy").code == 1
+    np.save(tmp_path / "o.npy", np.array([{}]), allow_pickle=True)
+    for name in ("o.npy", "absent.npy", "000_import.ir"):
+        done = Result("run", dumped, "--target", "reference", "--input", tmp_path / name)
+        assert done.code == 1
+        assert "cannot read" in done.err
+
+
+@pytest.mark.fast
+def test_bisect_names_the_planted_rewrite(dumped: Path, plugin: Path) -> None:
+    assert (
+        Result("bisect", dumped, "--target", "reference", "--pipeline", "canonicalize, cse, fuse", "--json").json()["culprit"]
+        is None
+    )
+    named = ["--pipeline", "canonicalize, wrong, fuse"]
+    for options, step in ((named, 2), ([], 1)):
+        done = Result("bisect", dumped, "--target", "reference", *options, "--plugin", f"{plugin}:Wrong", "--json")
+        assert done.code == 3
+        culprit = done.json()["culprit"]
+        assert (culprit["kind"], culprit["step"], culprit["pass"], culprit["rule"]) == ("pass", step, "wrong", "relu-to-abs")
+        assert culprit["rewrite_number"] == 1
+    shown = Result("bisect", dumped, "--target", "reference", "--plugin", f"{plugin}:Wrong")
+    assert shown.code == 3
+    assert "culprit" in shown.out
+
+
+@pytest.mark.fast
+def test_bisect_sees_a_wrong_rewrite_at_any_depth(plugin: Path) -> None:
+    """The magnitude bound grows with depth until it hides everything; the measured noise does not."""
+    from paring.cli_inputs import load_plugins
+    from paring.passes.bisect import bisect as by_bound
+
+    rng = np.random.default_rng(0)
+    graph, arrays = conv_graph(rng, 40), [rng.standard_normal((1, 4, 6, 6), dtype=np.float32)]
+    passes = parse_pipeline("canonicalize, wrong, fuse", load_plugins([f"{plugin}:Wrong"]))
+    found = paring.cli_bisect.search(graph, passes, arrays)
+    assert found is not None
+    assert (found.step, found.name, found.rewrite_number) == (2, "wrong", 1)
+    assert paring.cli_bisect.search(graph, parse_pipeline("canonicalize, const-fold, cse, dce, fuse"), arrays) is None
+    # If this ever finds it too, one of the two searches can go.
+    assert by_bound(graph, passes, arrays) is None
+
+
+@pytest.mark.fast
+def test_why_not(dumped: Path, plugin: Path) -> None:
+    found = Result("why-not", dumped, "--target", "x86-avx2", "--pass", "fuse", "--json").json()
+    assert all(entry["pass"] == "fuse" and entry["why"] for entry in found)
+    assert Result("why-not", dumped, "--pass", "fuze").code == 1
+    assert Result("why-not", dumped, "--plugin", f"{plugin}:Wrong").code == 0
+
+
+# What can be wrong.
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("absent.py:make", "no file"),
+        ("absent_module:make", "no module"),
+        ("{bad}", "which function"),
+        ("{bad}:lonly", "did you mean 'lonely'?"),
+        ("{bad}:number", "not a function"),
+        ("{bad}:needs", "without arguments"),
+        ("{bad}:lonely", "not (model, example_inputs)"),
+        ("{bad}:triple", "a tuple of 3"),
+        ("{bad}:odd_inputs", "example inputs"),
+        ("{bad}:raises", "raised ValueError"),
+        ("{bad}:stops", "raised SystemExit"),
+        ("net.pt", "runs whatever code is in it"),
+        ("net.pt2", "runs whatever code is in it"),
+        ("net.onnx", "no ONNX importer"),
+        ("absent.ir", "cannot read"),
+    ],
+)
+def test_bad_models(spec: str, said: str, bad: Path) -> None:
+    done = Result("compile", spec.format(bad=bad), "--target", "reference", "--json")
+    assert done.code == 1
+    assert said in done.err
+    assert done.json()["exit_code"] == 1
+
+
+@pytest.mark.fast
+def test_error_of_a_model_names_its_line_and_is_not_markup(bad: Path) -> None:
+    done = Result("compile", f"{bad}:raises")
+    assert "[bold]luck[/bold]" in done.err
+    assert "\x1b" not in done.err
+    line = next(i for i, text in enumerate(BAD_MODELS.splitlines(), 1) if "raise ValueError" in text)
+    assert f"{bad}:{line}" in done.err
+    assert "Traceback" not in done.err
+    assert "Traceback" in Result("compile", f"{bad}:raises", "--debug").err
+
+
+@pytest.mark.fast
+def test_a_file_that_does_not_parse(tmp_path: Path) -> None:
+    (tmp_path / "syntax.py").write_text("def make(:\n")
+    done = Result("compile", f"{tmp_path / 'syntax.py'}:make")
+    assert done.code == 1
+    assert "syntax.py:1" in done.err
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--target", "x87"], "did you mean 'x86'?"),
+        (["--passes", "fold-bm"], "did you mean 'fold-bn'?"),
+        (["--passes", "layout{blok=8}"], "did you mean 'block'?"),
+        (["--pipeline", "layout{block"], "layout"),
+        (["--output", "{dir}/000_import.ir/x.paring"], "cannot write"),
+        (["--dump", "{dir}/000_import.ir/x"], "cannot write"),
+        (["--plugin", "{dir}/plugin.py:NotAPass"], "not a pass"),
+        (["--plugin", "{dir}/plugin.py:Absent"], "has no 'Absent'"),
+        (["--plugin", "{dir}/plugin.py:Failing"], "code of yours"),
+        (["--target", "arm", "--check"], "--device emulator"),
+    ],
+)
+def test_bad_arguments(options: list[str], said: str, dumped: Path, plugin: Path) -> None:
+    target = [] if "--target" in options else ["--target", "reference"]
+    done = Result("compile", dumped, *target, *[option.replace("{dir}", str(dumped.parent)) for option in options])
+    assert done.code == 1, done.err
+    assert said in done.err
+
+
+@pytest.mark.fast
+def test_damaged_dumps(dumped: Path) -> None:
+    (dumped.parent / "constants.safetensors").write_bytes(b"nothing of the kind")
+    assert Result("compile", dumped, "--target", "reference").code == 1
+    (dumped.parent / "constants.safetensors").unlink()
+    done = Result("compile", dumped, "--target", "reference")
+    assert done.code == 1
+    assert "constants.safetensors" in done.err
+    dumped.write_text("graph(%0 {")
+    done = Result("compile", dumped, "--target", "reference")
+    assert done.code == 1
+    assert "line 1" in done.err
+
+
+@pytest.mark.fast
+def test_a_mistake_of_ours_is_4(dumped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a table was empty")
+
+    monkeypatch.setattr("paring.cli_inputs.load_model", broken)
+    done = Result("compile", dumped, "--target", "reference", "--json")
+    assert done.code == 4
+    assert done.json()["error"]["what"] == "RuntimeError: a table was empty"
+    assert "report" in done.err
+    assert "Traceback" not in done.err
+    assert "Traceback" in Result("compile", dumped, "--target", "reference", "--debug").err
+
+
+@pytest.mark.fast
+def test_a_mismatch_is_3(dumped: Path, plugin: Path) -> None:
+    done = Result("compile", dumped, "--target", "reference", "--plugin", f"{plugin}:Wrong", "--check", "--json")
+    assert done.code == 3
+    assert done.json()["check"]["ok"] is False
+
+
+@pytest.mark.fast
+def test_interrupted_is_130(bad: Path) -> None:
+    command = [sys.executable, "-m", "paring.cli", "compile", f"{bad}:interrupted", "--target", "reference"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.fast
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"'{sys.executable}' -m paring.cli passes --json | head -c 10"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.fast
+def test_plain_data() -> None:
+    assert as_plain_data({"a": (1, float("inf"), Path("/x")), 2: np.float32(0.5)}) == {"a": [1, "inf", "/x"], "2": "0.5"}
+    assert plain("a\x1b[31mb\r\n") == "a\\x1b[31mb\\r\n"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("options", [["--suite", "cn"], ["--models", "resnet-18"], ["--peers", "egaer"], ["--against", "tvm"]])
+def test_bench_refuses_unknown_names(options: list[str]) -> None:
+    done = Result("bench", *options)
+    assert done.code == 1
+    assert "did you mean" in done.err
+
+
+@pytest.mark.fast
+def test_bench_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[Any, ...]] = []
+    record = {"model": "resnet18", "suite": "cnn", "precision": "float32", "system": "paring", "threads": 1}
+    times = {"median_ms": 2.0, "min_ms": 1.0, "rounds": 3}
+
+    def run_bench(*arguments: object, **more: object) -> list[dict[str, object]]:
+        asked.append(arguments)
+        return [{**record, **times}]
+
+    monkeypatch.setattr("paring.bench.run.run_bench", run_bench)
+    done = Result("bench", "--models", "resnet18", "--against", "tvm-default", "--threads", 1, "--rounds", 3, "--json", "-")
+    assert done.json() == [{**record, **times}]
+    assert asked == [("cnn", ("resnet18",), ("paring", "tvm-default"), 1, 3, None)]
+    done = Result("bench", "--models", "resnet18", "--json", tmp_path / "r.json")
+    assert "resnet18" in done.out
+    assert asked[-1][-1] == str(tmp_path / "r.json")
+
+
+@pytest.mark.fast
+def test_doctor_fails_only_for_what_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    from paring.doctor import Check, Finding
+
+    def crash() -> Finding:
+        raise RuntimeError("in the check")
+
+    good, lacking = (
+        Check("one", lambda: Finding(True, "here"), True),
+        Check("two", lambda: Finding(False, "gone", "get it"), False),
+    )
+    monkeypatch.setattr(paring.doctor, "CHECKS", (good, lacking))
+    done = Result("doctor", "--json")
+    assert (done.code, done.json()["ok"]) == (0, True)
+    assert "get it" in Result("doctor").out
+    monkeypatch.setattr(paring.doctor, "CHECKS", (good, Check("three", crash, True)))
+    done = Result("doctor", "--json")
+    assert (done.code, done.json()["ok"]) == (1, False)
+
+
+@pytest.mark.fast
+def test_a_crash_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paring.doctor, "_TVM_WORKS", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    finding = paring.doctor._tvm_works()
+    assert not finding.ok
+    assert "signal 11" in finding.detail
+    assert "apache-tvm-ffi" in finding.hint
+
+
+# With torch and TVM.
+
+
+def test_from_a_model_to_a_saved_network_and_back(model: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "net.paring"
+    done = Result("compile", f"{model}:make", "--target", "native", "--output", saved, "--check", "--json")
+    assert done.code == 0, done.err
+    check = done.json()["check"]
+    assert check["ok"]
+    assert check["limit"] == 3.0
+    shown = Result("inspect", saved, "--json").json()
+    assert shown["manifest"]["inputs"][0]["shape"] == [1, 3, 8, 8]
+    assert "graph(" in Result("inspect", saved, "--ir").out
+    assert "sha256" in Result("inspect", saved).out
+    done = Result("run", saved, "--seed", 3, "--repeat", 3, "--output", tmp_path / "out", "--json")
+    assert [entry["name"] for entry in done.json()["outputs"]] == ["logits", "features"]
+    assert np.load(tmp_path / "out" / "000_logits.npy").shape == (1, 5)
+    again = Result("run", saved, "--seed", 3, "--rebuild", "--json")
+    assert again.json()["outputs"] == done.json()["outputs"]
+    program = saved / "graph.ir"
+    program.write_text(program.read_text().replace("float32", "float33"))
+    for command in ("inspect", "run"):
+        assert Result(command, saved).code == 1
+
+
+def test_inputs_by_name(model: Path) -> None:
+    done = Result("compile", f"{model}:by_name", "--check", "--json")
+    assert done.code == 0, done.err
+    assert Result("run", f"{model}:by_name", "--json").code == 0
+
+
+def test_a_factory_of_a_module(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    done = Result("run", "net:make", "--target", "reference", "--json")
+    assert done.code == 0, done.err
+
+
+def test_stdout_holds_json_alone(model: Path) -> None:
+    command = [sys.executable, "-m", "paring.cli", "compile", f"{model}:make", "--target", "reference", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout)["target"] == "reference"
+    assert "noise\n" in done.stderr
+    assert "noise from below" in done.stderr
+
+
+def test_bisect_finds_nothing_in_a_right_compiler(model: Path) -> None:
+    done = Result("bisect", f"{model}:make", "--target", "native", "--json")
+    assert done.code == 0, done.out + done.err
+    assert done.json()["check"]["ok"]
+
+
+def test_bisect_names_a_wrong_kernel() -> None:
+    """One kernel's result is changed on its way out, as a wrong schedule would."""
+    from paring.backends import targets
+    from paring.backends.build import build
+    from paring.backends.runtime import open_executable
+    from paring.passes.manager import run_pipeline
+    from paring.passes.pipelines import pipeline
+
+    rng = np.random.default_rng(0)
+    target = targets.resolve("native")
+    passes = parse_pipeline(pipeline(target.pipeline, target.pipeline_options()))
+    graph, arrays = run_pipeline(conv_graph(rng, 3), passes).graph, [rng.standard_normal((1, 4, 6, 6), dtype=np.float32)]
+    with open_executable(build(graph, target), target) as executable:
+        assert paring.cli_check.wrong_kernel(executable, arrays, lambda *_: None) is None
+
+        class Planted:
+            built = executable.built
+
+            def trace(self, inputs: Any) -> Any:
+                for number, (step, result) in enumerate(executable.trace(inputs), 1):
+                    if number == 2:
+                        result.flat[5] += 0.01
+                    yield step, result
+
+            run = executable.run
+
+        found = paring.cli_check.wrong_kernel(Planted(), arrays, lambda *_: None)
+        assert found is not None
+        assert found.number == 2
+        assert found.ulps > found.limit
+
+        class Overwritten(Planted):
+            trace = executable.trace
+
+            def run(self, inputs: Any) -> Any:
+                return [output + 1 for output in executable.run(inputs)]
+
+        found = paring.cli_check.wrong_kernel(Overwritten(), arrays, lambda *_: None)
+        assert found is not None
+        assert "memory plan" in found.node
+
+
+def test_ops() -> None:
+    found = {entry["name"]: entry for entry in Result("ops", "--json").json()}
+    assert {"conv", "depthwise"} <= set(found["conv2d"]["families"])
+    assert found["conv2d"]["operands"] == "2 to 3"
+    assert all(entry["families"] for name, entry in found.items() if name not in ("input", "const", "region", "reshape"))
+    one = Result("ops", "conv2d", "--json").json()
+    assert "float32[" in one["examples"][0]
+    assert Result("ops", "conv3d").code == 1
+
+
+def test_doctor_here() -> None:
+    done = Result("doctor", "--json")
+    assert done.code == 0, done.out
+    assert [check["name"] for check in done.json()["checks"]] == [check.name for check in paring.doctor.CHECKS]

@@ -1,0 +1,210 @@
+"""The house as drawn: who may import whom, no hidden wiring, small files and functions."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ("ir", "passes", "backends", "autotune", "frontends", "bench")
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+MAX_ENVIRONMENT_VARIABLES = 3
+
+# Which of our packages a folder may import. `frontends` is the importers; `api` is the public face, which sees all.
+HOUSE = {
+    "ir": {"ir"},
+    "passes": {"ir", "passes"},
+    "backends": {"ir", "backends"},
+    "autotune": {"ir", "passes", "backends", "autotune"},
+    "frontends": {"ir", "frontends"},
+    # `paring bench` starts the benchmark.
+    "frontends/api": {"ir", "passes", "backends", "autotune", "frontends", "api", "bench"},
+    "bench": {"ir", "passes", "backends", "autotune", "frontends", "api", "bench"},
+}
+SERVICES = {"psutil", "filelock", "platformdirs", "pydantic"}
+LIBRARIES = {
+    "ir": {"numpy"},
+    "passes": {"numpy", "safetensors", "networkx"},
+    "backends": {"numpy", "safetensors", "networkx", "tvm", "tvm_ffi", *SERVICES},
+    "autotune": {"numpy", "networkx", "tvm", "tvm_ffi", "cloudpickle", "xgboost", *SERVICES},
+    "frontends": {"numpy", "torch"},
+}
+CHANGES = {"append", "extend", "insert", "update", "setdefault", "add", "pop", "clear"}
+# Names of targets and of what tells them apart: what a pass must know of a target comes as its option.
+TARGET = re.compile(r"\b(x86|arm|aarch64|cuda|neon|avx2|avx512|vnni|sm80|sm90|llvm)\b", re.IGNORECASE)
+
+
+def folder_of(path: Path) -> str:
+    """The floor that a file belongs to; the public face is one of its own."""
+    parts = path.relative_to(ROOT).parts
+    return "frontends/api" if parts[:2] == ("frontends", "api") else parts[0]
+
+
+SOURCES = sorted(p for floor in FLOORS for p in (ROOT / floor).rglob("*.py") if "node_modules" not in p.parts)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(), str(path)) for path in (*SOURCES, *TESTS)}
+BELOW_FLOORS = [p for p in SOURCES if folder_of(p) in ("ir", "passes")]
+
+each_source = pytest.mark.parametrize("path", SOURCES, ids=[str(p.relative_to(ROOT)) for p in SOURCES])
+each_file = pytest.mark.parametrize("path", TREES, ids=[str(p.relative_to(ROOT)) for p in TREES])
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
+    """Each imported module's full name; for `from paring import x` that of x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            if node.module == "paring":
+                yield from ((node, f"paring.{alias.name}") for alias in node.names)
+            else:
+                yield node, node.module or ""
+
+
+def package_of(module: str) -> str:
+    """`paring.ir.ops` is of `ir`; `paring` itself and its plain modules are the public face."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "api"
+
+
+@each_file
+def test_no_bare_imports(path: Path) -> None:
+    bare = [name for _, name in imports(TREES[path]) if name.split(".")[0] in FLOORS]
+    assert not bare, "import paring.X: a bare import loads a second copy"
+
+
+@each_source
+def test_arrows_are_as_drawn(path: Path) -> None:
+    allowed = HOUSE[folder_of(path)]
+    for node, name in imports(TREES[path]):
+        if name.split(".")[0] == "paring":
+            assert package_of(name) in allowed, f"line {node.lineno}: {name}"
+
+
+@each_source
+def test_libraries_stay_on_their_floors(path: Path) -> None:
+    floor = folder_of(path)
+    names = {name.split(".")[0] for _, name in imports(TREES[path])} - {"paring", "__future__"} - sys.stdlib_module_names
+    if floor in LIBRARIES:
+        assert names <= LIBRARIES[floor]
+    if floor not in ("frontends", "frontends/api", "bench"):
+        assert "torch" not in names
+    if floor not in ("backends", "autotune", "bench"):
+        assert "tvm" not in names
+
+
+@each_source
+def test_no_import_inside_a_function_hides_a_cycle(path: Path) -> None:
+    """Below the public face, which imports what is heavy only when it is needed."""
+    if folder_of(path) in ("frontends/api", "bench"):
+        return
+    for function in ast.walk(TREES[path]):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            hidden = [name for _, name in imports(function) if name.split(".")[0] == "paring"]
+            assert not hidden, f"line {function.lineno}: {function.name} imports {hidden}"
+
+
+def test_imports_have_no_cycle() -> None:
+    """Over modules, by the imports at their top."""
+    modules = {module_of(path): path for path in SOURCES}
+    arrows: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        top = ast.Module([n for n in TREES[path].body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+        arrows[name] = {found for _, target in imports(top) for found in (target,) if found in modules and found != name}
+    while arrows:
+        free = {name for name, targets in arrows.items() if not targets & set(arrows)}
+        assert free, f"a cycle among {sorted(arrows)}"
+        arrows = {name: targets for name, targets in arrows.items() if name not in free}
+
+
+def module_of(path: Path) -> str:
+    parts = [p for p in path.relative_to(ROOT).with_suffix("").parts if p != "__init__"]
+    return ".".join(["paring", *(parts[2:] if parts[:2] == ["frontends", "api"] else parts)])
+
+
+@pytest.mark.parametrize("path", BELOW_FLOORS, ids=[str(p.relative_to(ROOT)) for p in BELOW_FLOORS])
+def test_no_target_is_named_below(path: Path) -> None:
+    documented = [n for n in ast.walk(TREES[path]) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef) and n.body]
+    docstrings = {n.body[0].value for n in documented if isinstance(n.body[0], ast.Expr)}
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            assert not TARGET.search(node.value), f"line {node.lineno}: {node.value!r}"
+
+
+@each_file
+def test_files_and_functions_are_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+def environment_reads(tree: ast.AST) -> Iterator[str]:
+    """Names read through os.environ or os.getenv; handing the whole environment to a child process is none."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(value=ast.Attribute(attr="environ"), slice=ast.Constant(value=name), ctx=ast.Load()):
+                yield str(name)
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="get"), args=[name, *_]):
+                yield ast.unparse(name)
+            case ast.Call(func=ast.Attribute(attr="getenv"), args=[name, *_]):
+                yield ast.unparse(name)
+
+
+def test_there_are_few_environment_variables() -> None:
+    found = {name.strip("'\"") for path in SOURCES for name in environment_reads(TREES[path])}
+    assert len(found) <= MAX_ENVIRONMENT_VARIABLES, sorted(found)
+
+
+@each_source
+def test_no_global_statement_and_no_registry_filled_elsewhere(path: Path) -> None:
+    """No `global`, and no module's upper-case table is changed after it was written."""
+    for node in ast.walk(TREES[path]):
+        assert not isinstance(node, ast.Global), f"line {node.lineno}: global {node}"
+        match node:
+            case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name) | ast.Attribute(attr=name))]):
+                assert not _is_table(name), f"line {node.lineno}: {name}[...] = ..."
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=method)) if method in CHANGES:
+                assert not _is_table(name), f"line {node.lineno}: {name} is changed"
+
+
+def _is_table(name: str) -> bool:
+    return len(name) > 1 and re.fullmatch(r"_?[A-Z][A-Z0-9_]+", name) is not None
+
+
+def test_every_package_is_listed_in_pyproject() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {p.parent.relative_to(ROOT).as_posix() for p in SOURCES}
+    assert {Path(folder).as_posix() for folder in listed["package-dir"].values()} == folders
+    assert set(listed["packages"]) == set(listed["package-dir"])
+    assert all((ROOT / folder / "__init__.py").exists() for folder in folders)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=[p.name for p in TESTS])
+def test_no_bare_tolerances(path: Path) -> None:
+    """A tolerance is a named number with a unit, not an argument found by trying."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.keyword) and node.arg in ("rtol", "atol", "rel", "abs"):
+            assert not isinstance(node.value, ast.Constant) or node.value.value == 0, f"line {node.value.lineno}: {node.arg}"
+
+
+def test_the_testing_module_needs_neither_torch_nor_tvm() -> None:
+    code = "import paring.testing, sys; print(sorted({'torch', 'tvm', 'hypothesis'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests")
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,249 @@
+"""Whole pipelines: random graphs bit for bit at every stage, fuel, ledger, dumps, determinism, and time."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from paring.ir import Graph, Input, Node, interpret, parse, same, show
+from paring.ir.errors import ArgumentError, IRTypeError, ParingError, ParseError
+from paring.ir.ops import binary, shape, unary
+from paring.ir.verify import verify
+from paring.passes.base import Pass
+from paring.passes.contract import Close, Exact, Lossy, allowed_ulps, compose, difference, same_bits
+from paring.passes.manager import Result, run_pipeline
+from paring.passes.pattern import Match, Rule, any_, op
+from paring.passes.pipelines import PASSES, PIPELINES, parse_pipeline, pipeline, show_pipeline
+from paring.passes.rewriter import Context, apply_rules
+from paring.testing import check_round_trip, random_graph, random_inputs
+
+pytestmark = pytest.mark.fast
+
+BLOCKS = (4, 8, 16)
+SECONDS_FOR_5000_NODES = 10.0
+
+
+def blocked(block: int) -> tuple[Pass, ...]:
+    return parse_pipeline(pipeline("blocked", {"block": block}))
+
+
+def run_checked(graph: Graph, block: int) -> Result:
+    """The whole pipeline, each stage read back from its text."""
+    result = run_pipeline(graph, blocked(block))
+    for _, stage in result.stages:
+        check_round_trip(stage)
+    return result
+
+
+def test_random_graphs_give_the_same_bits_at_every_stage(seeds: range) -> None:
+    for seed in seeds:
+        rng = np.random.default_rng((7, seed))
+        graph = random_graph(rng, int(rng.integers(1, 13)))
+        result = run_checked(graph, BLOCKS[seed % len(BLOCKS)])
+        arrays = random_inputs(graph, rng)
+        expected = interpret(graph, arrays)
+        for name, stage in result.stages[1:]:
+            found = interpret(stage, arrays)
+            assert all(map(same_bits, expected, found)), f"seed {seed}, after {name}:\n{show(graph)}"
+
+
+def test_random_float_graphs_keep_the_promise_of_the_whole_pipeline(seeds: range) -> None:
+    for seed in seeds[::5]:
+        rng = np.random.default_rng((11, seed))
+        graph = random_graph(rng, 10, exact=False)
+        result = run_pipeline(graph, blocked(BLOCKS[seed % len(BLOCKS)]))
+        found = difference(graph, result.graph, random_inputs(graph, rng, exact=False))
+        assert found.ulps <= allowed_ulps(result.ledger.contract, 1), f"seed {seed}: {found}\n{show(graph)}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_amount_of_fuel_gives_the_right_result(seed: int) -> None:
+    rng = np.random.default_rng((13, seed))
+    graph = random_graph(rng, 8)
+    arrays = random_inputs(graph, rng)
+    expected = interpret(graph, arrays)
+    total = sum(sum(e.rewrites.values()) for e in run_pipeline(graph, blocked(4)).ledger.entries)
+    assert 0 < total < 20 * len(graph)
+    for fuel in range(total + 1):
+        result = run_pipeline(graph, blocked(4), fuel=fuel)
+        spent = sum(sum(e.rewrites.values()) for e in result.ledger.entries)
+        assert spent == min(fuel, spent)
+        verify(result.graph)
+        assert all(map(same_bits, expected, interpret(result.graph, arrays))), f"fuel {fuel}"
+    assert run_pipeline(graph, blocked(4), fuel=0).graph is graph
+
+
+def test_the_same_program_gives_the_same_text_twice() -> None:
+    for seed in range(10):
+        first, second = (run_checked(random_graph(np.random.default_rng(seed), 10), 8) for _ in range(2))
+        assert [(name, show(stage)) for name, stage in first.stages] == [(name, show(stage)) for name, stage in second.stages]
+        assert first.ledger.as_json(times=False) == second.ledger.as_json(times=False)
+
+
+def test_a_second_run_changes_nothing_more() -> None:
+    for seed in range(20):
+        simplify = parse_pipeline(pipeline("simplify", {}))
+        graph = run_pipeline(random_graph(np.random.default_rng(seed), 10), simplify).graph
+        again = run_pipeline(graph, parse_pipeline("const-fold, cse")).graph
+        assert same(graph, again)
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_reads_back(name: str) -> None:
+    passes = parse_pipeline(pipeline(name, {"block": 8}))
+    assert parse_pipeline(show_pipeline(passes)) == passes
+    assert len(passes) == len(PIPELINES[name])
+
+
+@pytest.mark.parametrize("cls", PASSES.values(), ids=PASSES)
+def test_a_pass_prints_its_name_and_says_what_it_does(cls: type[Pass]) -> None:
+    assert str(cls()) == cls.name
+    assert cls.summary().endswith(".")
+    assert isinstance(cls.contract, Exact | Close), "lossy passes live in passes/compress"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("canonicalise", ArgumentError, "did you mean 'canonicalize'?"),
+        ("layout{blok=4}", ArgumentError, "did you mean 'block'?"),
+        ("layout{block='x'}", ArgumentError, "block is a int, not 'x'"),
+        ("layout{block=True}", ArgumentError, "block is a int, not True"),
+        ("layout{block=4", ParseError, "expected"),
+        ("layout{block=4}}", ParseError, "expected end"),
+        ("cse{x=1}", ArgumentError, "options: none"),
+    ],
+)
+def test_a_bad_pipeline_is_refused(text: str, error: type[ParingError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_pipeline(text)
+
+
+def test_an_unknown_pipeline_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="known: none, simplify, blocked"):
+        pipeline("bloked", {})
+
+
+# --- contracts ------------------------------------------------------------------------------------------------------
+
+
+def test_promises_add_up() -> None:
+    assert compose([]) == Exact()
+    assert compose([Exact(), Close(2), Close(3)]) == Close(5)
+    assert compose([Close(2), Lossy("accuracy", 0.1), Lossy("accuracy", 0.2)]) == Lossy("accuracy", pytest.approx(0.3))
+
+
+def test_the_ledger_promises_what_fired() -> None:
+    x = Node(Input("x", "float32", (4,)))
+    graph = Graph((x,), (Node(binary.Mul(), (x, Node(unary.Sigmoid(), (x,)))),))
+    assert run_pipeline(graph, parse_pipeline("canonicalize")).ledger.contract == Close(2)
+    kept = Graph((x,), (Node(unary.Neg(), (Node(unary.Neg(), (x,)),)),))
+    assert run_pipeline(kept, parse_pipeline("canonicalize")).ledger.contract == Exact()
+
+
+# --- rewriting ------------------------------------------------------------------------------------------------------
+
+
+def test_rules_that_never_rest_are_stopped() -> None:
+    def back_and_forth(m: Match) -> Node | None:
+        """neg(x) -> neg(neg(neg(x)))"""
+        return m.make(unary.Neg(), m.make(unary.Neg(), m.make(unary.Neg(), m.root.inputs[0])))
+
+    x = Node(Input("x", "float32", (4,)))
+    with pytest.raises(ParingError, match="rules"):
+        apply_rules(Graph((x,), (Node(unary.Neg(), (x,)),)), [Rule(op(unary.Neg), back_and_forth, Exact())], Context())
+
+
+def test_a_rewrite_that_changes_a_type_is_named_with_pass_rule_node_and_types() -> None:
+    def changes_the_type(m: Match) -> Node | None:
+        """relu(x) -> sum(x)"""
+        return m.make(shape.Reshape((4, 1)), m["x"])
+
+    class Bad(Pass):
+        name = "bad"
+
+        def rules(self) -> list[Rule]:
+            return [Rule(op(unary.Relu, any_("x")), changes_the_type, Exact())]
+
+    x = Node(Input("x", "float32", (4,)))
+    with pytest.raises(IRTypeError) as caught:
+        run_pipeline(Graph((x,), (Node(unary.Relu(), (x,)),)), [*parse_pipeline("cse"), Bad()])
+    for fragment in ("float32[4,1]", "float32[4]", "pass 2 bad", "rule changes-the-type", "relu float32[4]"):
+        assert fragment in str(caught.value)
+
+
+def test_a_declined_rewrite_says_why() -> None:
+    x = Node(Input("x", "float32", (4,)))
+    inner = Node(unary.Clamp(-1.0, 1.0), (x,))
+    result = run_pipeline(Graph((x,), (Node(unary.Clamp(2.0, 3.0), (inner,)),)), parse_pipeline("canonicalize"))
+    ((name, rewrite, why),) = result.declined
+    assert (name, rewrite.rule, why) == ("canonicalize", "merge-clamps", "the ranges do not overlap")
+
+
+# --- dumps ----------------------------------------------------------------------------------------------------------
+
+
+def test_dumps_hold_the_changed_stages_and_the_ledger(tmp_path: Path) -> None:
+    graph = random_graph(np.random.default_rng(3), 12)
+    (tmp_path / "099_old.ir").write_text("left over")
+    result = run_pipeline(graph, blocked(8), dump=tmp_path, metric=lambda g: float(len(g)))
+    arrays = load_file(tmp_path / "constants.safetensors")
+    files = sorted(tmp_path.glob("*.ir"))
+    assert files[0].name == "000_import.ir"
+    assert len(files) == len(result.stages)
+    changed = [e.step for e in result.ledger.entries if e.changed]
+    assert [int(f.name[:3]) for f in files] == [0, *changed]
+    for file, (_, stage) in zip(files, result.stages, strict=True):
+        assert show(parse(file.read_text(), arrays)) == show(stage)
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert [e["name"] for e in ledger["entries"]] == [str(p) for p in blocked(8)]
+    assert ledger["contract"] == str(result.ledger.contract)
+    for entry, found in zip(ledger["entries"], result.ledger.entries, strict=True):
+        assert entry["after"]["nodes"] == found.after.nodes
+        assert (entry["metric"] is not None) == entry["changed"]
+    assert "in all:" in (tmp_path / "ledger.txt").read_text()
+
+
+def test_dumps_that_cannot_be_written_are_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArgumentError, match="cannot write the dumps"):
+        run_pipeline(random_graph(np.random.default_rng(0), 2), (), dump=tmp_path / "file")
+
+
+# --- size -----------------------------------------------------------------------------------------------------------
+
+
+def chain(length: int) -> Graph:
+    """Elementwise nodes that no rule removes: one long identity of two alternating halves."""
+    x = node = Node(Input("x", "float32", (8,)))
+    for _ in range(length // 2):
+        node = Node(unary.Neg(), (Node(unary.Abs(), (node,)),))
+    return Graph((x,), (node,))
+
+
+def passing_seconds(graph: Graph) -> float:
+    start = time.process_time()
+    run_pipeline(graph, blocked(16))
+    return time.process_time() - start
+
+
+def test_five_thousand_nodes_pass_quickly_and_time_grows_linearly() -> None:
+    small, large = passing_seconds(chain(5000)), passing_seconds(chain(10000))
+    assert small < SECONDS_FOR_5000_NODES
+    assert large < 4 * small
+
+
+def test_five_thousand_nodes_that_all_go_away() -> None:
+    x = node = Node(Input("x", "float32", (8,)))
+    for _ in range(5000):
+        node = Node(shape.Reshape((8,)), (node,))
+    result = run_pipeline(Graph((x,), (node,)), blocked(16))
+    assert result.graph.outputs == (x,)

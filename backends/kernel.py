@@ -241,15 +241,14 @@ def build_primfunc(
 ) -> tirx.PrimFunc:
     """A PrimFunc over flat buffers, one for each input of the body in order, then the output."""
     kernel = Kernel(body, target, lowerings)
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            for position, node in enumerate(body.inputs):
-                kernel.buffers[node] = T.arg(f"a{position}", T.Buffer((max(node.type.size, 1),), node.type.dtype))
-            result = body.outputs[0].type
-            kernel.result = T.arg("result", T.Buffer((max(result.size, 1),), result.dtype))
-            T.func_attr({"tirx.noalias": True, "global_symbol": name})
-            emit(kernel)
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(name)
+        for position, node in enumerate(body.inputs):
+            kernel.buffers[node] = T.arg(f"a{position}", T.Buffer((max(node.type.size, 1),), node.type.dtype))
+        result = body.outputs[0].type
+        kernel.result = T.arg("result", T.Buffer((max(result.size, 1),), result.dtype))
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        emit(kernel)
     return builder.get()
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from paring.backends.runtime import KernelTime, bandwidth, get_num_threads, peak_flops
+from paring.backends.peaks import bandwidth, peak_flops
+from paring.backends.runtime import KernelTime
+from paring.backends.threads import get_num_threads
 from paring.ir.errors import ArgumentError
 from paring.ir.op import Array
 

@@ -112,12 +112,27 @@ def _reduce_exp(x: Value) -> tuple[Value, Value]:
     return bind(r), bits - full(bits, MAGIC_BITS)
 
 
+def _exp_reduced(r: Value) -> Value:
+    """e^r for |r| <= ln(2) / 2, by N. Juffa's minimax polynomial."""
+    return bind(polynomial(r, (1.37805939e-3, 8.37312452e-3, 4.16695364e-2, 1.66664720e-1, 4.99999851e-1, 1.0, 1.0)))
+
+
 def exp(x: Value) -> Value:
-    x = bind(limit(x, -104.0, 89.0))
-    r, n = _reduce_exp(x)
-    # N. Juffa's minimax coefficients.
-    y = polynomial(r, (1.37805939e-3, 8.37312452e-3, 4.16695364e-2, 1.66664720e-1, 4.99999851e-1, 1.0, 1.0))
-    return scale(bind(y), n)
+    r, n = _reduce_exp(bind(limit(x, -104.0, 89.0)))
+    return scale(_exp_reduced(r), n)
+
+
+def exp_negative(x: Value) -> Value:
+    """e^x for x <= 0."""
+    x = bind(x)
+    r, n = _reduce_exp(bind(tirx.Select(x < full(x, -104.0), full(x, -104.0), x)))
+    return scale(_exp_reduced(r), n)
+
+
+def exp_moderate(x: Value) -> Value:
+    """e^x for |x| <= 87."""
+    r, n = _reduce_exp(bind(x))
+    return _exp_reduced(r) * power_of_two(n)
 
 
 def expm1(x: Value) -> Value:
@@ -156,28 +171,33 @@ def log(x: Value) -> Value:
 def erf(x: Value) -> Value:
     """N. Juffa's erff: two polynomials, the outer one in the exponent."""
     x = bind(x)
-    a = bind(tirx.abs(x))
-    s = bind(x * x)
+    # erf(4) is 1 in float32.
+    a = bind(_at_most(tirx.abs(x), 4.0))
+    s = bind(a * a)
     outer = polynomial(a, (-1.72853470e-5, 3.83197126e-4))
     outer = fma(outer, s, polynomial(a, (-3.88396438e-3, 2.42546219e-2)))
     for c in (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1):
         outer = fma(outer, a, full(x, c))
-    outer = bind(full(x, 1.0) - exp(fma(outer, a, -a)))
+    outer = bind(full(x, 1.0) - exp_moderate(fma(outer, a, -a)))
     outer = tirx.Select(x < full(x, 0.0), -outer, outer)
     inner = polynomial(s, (-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1))
-    # The outer polynomial is inf - inf for an infinite x.
-    outer = tirx.Select(a > full(x, 4.0), tirx.Select(x < full(x, 0.0), full(x, -1.0), full(x, 1.0)), outer)
     return tirx.Select(a > full(x, 0.921875), outer, fma(inner, x, x))
+
+
+def _at_most(x: Value, high: float) -> Value:
+    x = bind(x)
+    return tirx.Select(x > full(x, high), full(x, high), x)
 
 
 def tanh(x: Value) -> Value:
     """Cephes' tanhf: a polynomial near zero, else 1 - 2 / (e^2|x| + 1)."""
     x = bind(x)
-    a = bind(tirx.abs(x))
-    s = bind(x * x)
+    # tanh(10) is 1 in float32.
+    a = bind(_at_most(tirx.abs(x), 10.0))
+    s = bind(a * a)
     inner = polynomial(s, (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1))
     inner = fma(bind(inner * s), x, x)
-    outer = bind(full(x, 1.0) - full(x, 2.0) / (exp(a + a) + full(x, 1.0)))
+    outer = bind(full(x, 1.0) - full(x, 2.0) / (exp_moderate(a + a) + full(x, 1.0)))
     outer = tirx.Select(x < full(x, 0.0), -outer, outer)
     return tirx.Select(a < full(x, 0.625), inner, outer)
 
@@ -185,7 +205,7 @@ def tanh(x: Value) -> Value:
 def sigmoid(x: Value) -> Value:
     """From e^-|x|, which neither overflows nor loses the small side."""
     x = bind(x)
-    e = bind(exp(-tirx.abs(x)))
+    e = bind(exp_negative(-tirx.abs(x)))
     return tirx.Select(x >= full(x, 0.0), full(x, 1.0), e) / (e + full(x, 1.0))
 
 

@@ -31,7 +31,7 @@ pytest.importorskip("tvm")
 from paring.backends import artifact
 from paring.backends.artifact import FILES, FORMAT, GRAPH, LIBRARY, MANIFEST, REPORT, WEIGHTS, inspect, load, save
 from paring.backends.build import Built, build
-from paring.backends.runtime import open_executable
+from paring.backends.devices import open_executable
 from paring.backends.targets import TARGETS, Target, resolve
 
 STRUCTURE = {"inputs": ["x"], "outputs": {"logits": 0}}

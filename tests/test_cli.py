@@ -290,8 +290,9 @@ def test_bisect_sees_a_wrong_rewrite_at_any_depth(plugin: Path) -> None:
     assert found is not None
     assert (found.step, found.name, found.rewrite_number) == (2, "wrong", 1)
     assert paring.cli_bisect.search(graph, parse_pipeline("canonicalize, const-fold, cse, dce, fuse"), arrays) is None
-    # If this ever finds it too, one of the two searches can go.
-    assert by_bound(graph, passes, arrays) is None
+    # When this finds the first rewrite too, one of the two searches can go: now it sees nothing, or only a late one.
+    late = by_bound(graph, passes, arrays)
+    assert late is None or late.rewrite_number > 1
 
 
 @pytest.mark.fast
@@ -541,7 +542,7 @@ def test_bisect_names_a_wrong_kernel() -> None:
     """One kernel's result is changed on its way out, as a wrong schedule would."""
     from paring.backends import targets
     from paring.backends.build import build
-    from paring.backends.runtime import open_executable
+    from paring.backends.devices import open_executable
     from paring.passes.manager import run_pipeline
     from paring.passes.pipelines import pipeline
 

@@ -19,10 +19,9 @@ from torch import nn
 from paring.frontends.oracle import ratios, reference
 from paring.frontends.torch_export import import_model
 from paring.ir import interpret
-from paring.ir.errors import ModelError, ParingError, UnsupportedOpsError
 
 pytest.importorskip("expecttest", reason="torch's OpInfo needs expecttest")
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
+from torch.testing._internal.common_methods_invocations import op_db
 
 FAST_SAMPLES = 2
 GROUP = 8

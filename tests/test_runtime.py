@@ -29,8 +29,10 @@ pytest.importorskip("tvm")
 from paring.backends import build as build_module
 from paring.backends import emulator, runtime
 from paring.backends.build import Built, build
-from paring.backends.runtime import Executable, Network, get_num_threads, open_executable, set_num_threads
+from paring.backends.devices import open_executable
+from paring.backends.runtime import Executable, Network
 from paring.backends.targets import TARGETS, resolve
+from paring.backends.threads import get_num_threads, set_num_threads
 
 NATIVE = resolve("native")
 RNG = np.random.default_rng(0)

@@ -41,7 +41,7 @@ def knobs(anchor: Node, target: Target) -> ElementwiseKnobs:
     nodes = _above(anchor)
     widest = max(4 if n.type.dtype == "float16" else DTYPES[n.type.dtype].bytes for n in nodes)
     costly = any(_nanoseconds(n) > 0.3 for n in nodes)
-    return ElementwiseKnobs(max(target.lanes * 4 // widest, 1), 1 if costly else 4)
+    return ElementwiseKnobs(max(target.lanes * 4 // widest, 1), 2 if costly else 4)
 
 
 def emit(kernel: Kernel, anchor: Node, settings: ElementwiseKnobs) -> None:

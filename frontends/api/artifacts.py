@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from paring.backends import artifact
-from paring.backends.runtime import open_executable
+from paring.backends.devices import open_executable
 from paring.frontends.structure import spec_from_json, spec_to_json
 from paring.ir.errors import ArgumentError, ArtifactError, ParingError
 from paring.network import Network, Tell, Version

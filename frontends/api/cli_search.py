@@ -85,7 +85,7 @@ def _check_compiled(
     if found.name == targets.REFERENCE.name or not (device or found.device == "host"):
         return None, None
     from paring.backends.build import build
-    from paring.backends.runtime import open_executable
+    from paring.backends.devices import open_executable
 
     lowered = run_pipeline(graph, passes).graph
     built = build(lowered, found, lambda done, total, name: tell("building kernels", done, total))

@@ -45,7 +45,7 @@ class Version:
         if target.name == REFERENCE.name:
             return Version(signature, result, target, None, ReferenceExecutable(result.graph))
         from paring.backends.build import build
-        from paring.backends.runtime import open_executable
+        from paring.backends.devices import open_executable
 
         built = build(result.graph, target, lambda done, total, name: tell("kernels", done, total))
         runs = device is not None or target.device == "host"

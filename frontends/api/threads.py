@@ -5,12 +5,12 @@ from __future__ import annotations
 
 def set_num_threads(count: int) -> None:
     """Use `count` threads from now on. Raises ArgumentError unless it is a positive int."""
-    from paring.backends import runtime
+    from paring.backends import threads
 
-    runtime.set_num_threads(count)
+    threads.set_num_threads(count)
 
 
 def get_num_threads() -> int:
-    from paring.backends import runtime
+    from paring.backends import threads
 
-    return runtime.get_num_threads()
+    return threads.get_num_threads()

@@ -1,0 +1,70 @@
+"""How many threads kernels use, and on which thread they are called.
+
+TVM keeps a thread pool for each thread that calls it and never frees one. So calls are made on the main thread or on a
+single thread of ours, which all other threads hand their calls to; there are at most two pools, however many threads come.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import psutil
+import tvm
+
+from paring.ir.errors import ArgumentError
+
+R = TypeVar("R")
+
+
+class Threads:
+    """How many threads kernels use, in the whole process, and on which thread calls are made.
+
+    TVM sizes a pool when a thread first calls it, so room for all CPUs is asked for beforehand (TVM_NUM_THREADS).
+    """
+
+    def __init__(self) -> None:
+        given = os.environ.get("TVM_NUM_THREADS", "")
+        cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+        self.count = int(given) if given.isdecimal() and int(given) else cores
+        self.most = max(os.cpu_count() or 1, self.count)
+        self.local = threading.local()
+        self.lock = threading.Lock()
+        self.helper: ThreadPoolExecutor | None = None
+        os.environ["TVM_NUM_THREADS"] = str(self.most)
+        # Workers tied to cores would wait for whatever else runs there, the other pool's workers first of all.
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+    def run(self, work: Callable[[], R]) -> R:
+        """`work()` on a thread that may call TVM, with the pool set up."""
+        if threading.current_thread() is threading.main_thread() or getattr(self.local, "helper", False):
+            return self._configured(work)
+        with self.lock:
+            if self.helper is None:
+                self.helper = ThreadPoolExecutor(1, "paring", initializer=lambda: setattr(self.local, "helper", True))
+        return self.helper.submit(self._configured, work).result()
+
+    def _configured(self, work: Callable[[], R]) -> R:
+        if getattr(self.local, "count", 0) != self.count:
+            self.local.count = self.count
+            # Mode 1: on the fastest cores of the machine.
+            tvm.get_global_func("runtime.config_threadpool")(1, self.count)
+        return work()
+
+
+THREADS = Threads()
+
+
+def set_num_threads(count: int) -> None:
+    """How many threads kernels use from the next call on, in this process. Raises ArgumentError out of range."""
+    if type(count) is not int or not 1 <= count <= THREADS.most:
+        raise ArgumentError(f"the number of threads is an int from 1 to {THREADS.most}, not {count!r}")
+    THREADS.count = count
+
+
+def get_num_threads() -> int:
+    """How many threads kernels use; at first one for each physical core."""
+    return THREADS.count

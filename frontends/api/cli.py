@@ -61,7 +61,11 @@ def compile_(
         saved = net.save(output) if output is not None else None
         tell("checking", 0, 0)
         verdict = _verdict(net, example) if check else None
-    data: dict[str, Any] = {
+    return _compiled(model, net, seconds, dump, saved, verdict)
+
+
+def _compiled(model: str, net: Any, seconds: float, dump: Path | None, saved: Path | None, verdict: Any) -> Report:
+    data = {
         "model": model,
         "target": net.target.name,
         "seconds": seconds,
@@ -76,8 +80,7 @@ def compile_(
     lines += [f"the program after each pass: {dump}"] if dump else []
     lines += [f"saved: {saved}"] if saved else []
     lines += [str(verdict)] if verdict else []
-    code = MISMATCH if verdict and not verdict.ok else OK
-    return Report(data, [ledger_table(net.ledger), *map(text, lines)], code)
+    return Report(data, [ledger_table(net.ledger), *map(text, lines)], MISMATCH if verdict and not verdict.ok else OK)
 
 
 def _check_runs(target: str, device: str | None) -> None:

@@ -27,7 +27,7 @@ from paring.ir.ops.unary import Cast, Neg, Relu
 pytest.importorskip("tvm")
 
 from paring.backends import build as build_module
-from paring.backends import emulator, runtime
+from paring.backends import emulator, peaks, threads
 from paring.backends.build import Built, build
 from paring.backends.devices import open_executable
 from paring.backends.runtime import Executable, Network
@@ -248,13 +248,13 @@ def test_the_number_of_threads(net: Executable) -> None:
 
     arrays = [small(4, 6), small(4, 6)]
     used = tvm.get_global_func("runtime.NumThreads")
-    for count in {1, 2, runtime.THREADS.most} & set(range(1, runtime.THREADS.most + 1)):
+    for count in {1, 2, threads.THREADS.most} & set(range(1, threads.THREADS.most + 1)):
         set_num_threads(count)
         assert get_num_threads() == count
         net.run(arrays)
         assert used() == count
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(lambda: runtime.THREADS.run(used)).result() == count
+            assert pool.submit(lambda: threads.THREADS.run(used)).result() == count
 
 
 @pytest.mark.parametrize("count", [0, -1, 10**6, 1.5, True, "2", None])
@@ -288,8 +288,8 @@ def test_profile_names_kernels_and_their_work() -> None:
 
 
 def test_peaks_of_the_machine() -> None:
-    assert 1e8 < runtime.peak_flops(NATIVE, 1) < 1e13
-    assert 1e7 < runtime.bandwidth(NATIVE, 1) < 1e13
+    assert 1e8 < peaks.peak_flops(NATIVE, 1) < 1e13
+    assert 1e7 < peaks.bandwidth(NATIVE, 1) < 1e13
 
 
 def test_equal_kernels_are_built_once_and_libraries_are_reproducible() -> None:

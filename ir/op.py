@@ -38,7 +38,8 @@ class Op:
 
     def check_attributes(self) -> None:
         """Raise IRTypeError where an attribute is not of its declared type: it could not be printed, hashed or lowered."""
-        for name, hint in _attribute_types(type(self)):
+        cls: Any = type(self)
+        for name, hint in _attribute_types(cls):
             value = getattr(self, name)
             if not _is_a(value, hint):
                 raise IRTypeError(f"attribute {name} is {value!r}", why=f"it should be {getattr(hint, '__name__', hint)}")

@@ -423,7 +423,7 @@ SCRAPS = [*'(){}[],=%-0"\\\n\0٣@', "%0", "9" * 40, "9" * 5000, "1e999", "inf", 
 SCRAPS += ["True", "None", "graph() {", "return", '"\\u0000d800"', "NCHW0c", "float16"]
 
 
-@settings(max_examples=1500)
+@settings(max_examples=800)
 @given(st.data())
 def test_damaged_text_gives_a_typed_error_or_a_graph(data: st.DataObject) -> None:
     text = data.draw(st.sampled_from(TEXTS))

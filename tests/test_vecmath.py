@@ -41,7 +41,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Value], Value], Callable[[Array], Array], t
     "erf": (vm.erf, _erf, (-5.0, 5.0), 1.0),
     "tanh": (vm.tanh, np.tanh, (-12.0, 12.0), 1.5),
     "sigmoid": (vm.sigmoid, _sigmoid, (-105.0, 90.0), 2.5),
-    "silu": (vm.silu, lambda x: x * _sigmoid(x), (-80.0, 80.0), 3.0),
+    "silu": (vm.silu, lambda x: x * _sigmoid(x), (-80.0, 80.0), 3.5),
     "gelu_tanh": (vm.gelu_tanh, _gelu_tanh, (-1.0, 8.0), 3.5),
 }
 

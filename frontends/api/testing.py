@@ -27,6 +27,7 @@ from paring.passes.rewriter import Context
 
 Plant = Callable[[Builder], Node]
 LANES = ("exact", "float", "special")
+LOOKUPS = (index.Gather, index.GatherElements)
 SPECIAL = np.array([np.nan, np.inf, -np.inf, -0.0, 0.0], "float32")
 FIRES = 50
 
@@ -86,8 +87,7 @@ def random_inputs(graph: Graph, rng: np.random.Generator, exact: bool = True, sp
         elif kind == "b":
             array = rng.random(shape) < 0.5
         else:
-            lookups = [u for u in users[node] if isinstance(u.op, index.Gather | index.GatherElements)]
-            sizes = [u.inputs[0].type.shape[u.op.axis] for u in lookups]
+            sizes = [u.inputs[0].type.shape[u.op.axis] for u in users[node] if isinstance(u.op, LOOKUPS)]
             array = rng.integers(0, max(1, min(sizes, default=5)), shape)
         arrays.append(np.asarray(array, dtype=node.type.dtype))
     return arrays

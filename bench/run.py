@@ -89,6 +89,8 @@ def run_bench(
     names = tuple(models) or suite_models(suite or "cnn")
     _known("model", names, MODELS)
     _known("system", systems, PEERS)
+    if rounds < 1 or threads < 1:
+        raise ValueError(f"rounds and threads must be at least 1, not {rounds} and {threads}")
     protocol = Protocol(threads, rounds, seconds, prepare_s, patience_s=patience_s)
     console = console or Console(stderr=True)
     records: list[Record] = []

@@ -177,12 +177,11 @@ def _model_error(error: Exception) -> ModelError:
             why="a compiled network does the same steps for every input, but here Python needs a number out of a tensor",
             hint="use torch.where instead of if, and masks instead of sizes that depend on data",
         )
-    return ModelError(
-        "torch.export can not trace the model on these inputs",
-        where=where,
-        why=f"{type(error).__name__}: {reason[:300]}",
-        hint="call model(*args) with the same inputs first; tensors must stay torch tensors all the way",
-    )
+    hint = "call model(*args) with the same inputs first; tensors must stay torch tensors all the way"
+    if "not a known type" in reason:
+        hint = "take and return tensors, tuples, lists, dicts or registered dataclasses; for transformers set use_cache=False"
+    why = f"{type(error).__name__}: {reason[:300]}"
+    return ModelError("torch.export can not trace the model on these inputs", where=where, why=why, hint=hint)
 
 
 def _positional_names(model: torch.nn.Module) -> tuple[str, ...]:

@@ -88,8 +88,10 @@ class Difference:
 
 
 def same_bits(a: Array, b: Array) -> bool:
-    """Equal element by element, NaN equal to NaN, and zeros of any sign equal."""
-    return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+    """Equal element by element: zeros in their signs too, NaN equal to any NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype or not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
+        return False
+    return a.dtype.kind != "f" or bool(((np.signbit(a) == np.signbit(b)) | (a != 0)).all())
 
 
 def difference(before: Graph, after: Graph, arrays: Sequence[Array]) -> Difference:

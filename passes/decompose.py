@@ -60,7 +60,10 @@ def _keeps_a_key(mask: Node) -> bool:
 
 
 def spell_out_attention(m: Match) -> Node | None:
-    """attention(q, k, v, mask) -> matmul(softmax(matmul(q, transpose(k)) * scale + mask), v)"""
+    """attention(q, k, v, mask) -> matmul(softmax(matmul(q, transpose(k)) * scale + mask), v)
+
+    For finite values: where infinite ones make all scores of a row -inf, attention gives zeros and this gives NaN.
+    """
     attend, (q, k, v, *mask) = m.root.op, m.root.inputs
     assert isinstance(attend, attention.ScaledDotProductAttention)
     if attend.causal or (mask and not _keeps_a_key(mask[0])):

@@ -37,7 +37,7 @@ def _axis(layer: Node) -> int:
     return layer.type.rank - 1 if isinstance(layer.op, linear.Linear) else 1
 
 
-def _scaled(m: Match, layer: Node, scale: Array, shift: Array) -> Node:
+def _scaled(m: Match, layer: Node, scale: Array, shift: Array) -> Node | None:
     """layer(x) * scale + shift as one layer; computed in float64, rounded once to the weights' dtype."""
     weight, dtype = const_value(layer.inputs[1]).astype(np.float64), layer.type.dtype
     bias = const_value(layer.inputs[2]).astype(np.float64) if len(layer.inputs) == 3 else 0.0
@@ -48,8 +48,11 @@ def _scaled(m: Match, layer: Node, scale: Array, shift: Array) -> Node:
         weight = (by_group * scale.reshape(groups, 1, -1, 1, 1)).reshape(weight.shape)
     else:
         weight = weight * scale.reshape((-1,) + (1,) * (weight.ndim - 1))
-    new = constant(weight.astype(dtype), layer.inputs[1].loc)
-    return m.make(layer.op, layer.inputs[0], new, constant((bias * scale + shift).astype(dtype)), loc=layer.loc)
+    with np.errstate(over="ignore"):
+        new_weight, new_bias = weight.astype(dtype), (bias * scale + shift).astype(dtype)
+    if not (np.isfinite(new_weight).all() and np.isfinite(new_bias).all()):
+        return m.decline("the folded weights are not finite")
+    return m.make(layer.op, layer.inputs[0], constant(new_weight, layer.inputs[1].loc), constant(new_bias), loc=layer.loc)
 
 
 def fold_batch_norm(m: Match) -> Node | None:

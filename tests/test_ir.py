@@ -233,6 +233,24 @@ def test_infer_agrees_with_ref(op: Op, types: tuple[TensorType, ...]) -> None:
     assert node.op.macs(node.type, *types) >= 0
 
 
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+@each_sample
+def test_what_infer_accepts_ref_computes(op: Op, types: tuple[TensorType, ...]) -> None:
+    """Sizes of all operands changed at random, most of them alike, to none and one in particular."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        sizes = {d: int(rng.choice([d, d, 0, 1, 2, 3])) for t in types for d in t.shape}
+        changed = [t.with_shape(tuple(sizes[d] if rng.random() < 0.8 else d for d in t.shape)) for t in types]
+        try:
+            graph = graph_of(op, tuple(changed))
+        except IRTypeError:
+            continue
+        if any(isinstance(op, index.Gather | index.GatherElements) and not t.size for t in changed):
+            continue
+        (value,), (bound,) = magnitude_bound(graph, operands_for(op, tuple(changed), rng))
+        assert value.shape == bound.shape == graph.outputs[0].type.shape
+
+
 @each_sample
 def test_the_magnitude_bounds_value_and_moved_operands(op: Op, types: tuple[TensorType, ...]) -> None:
     graph = graph_of(op, types)

@@ -22,6 +22,7 @@ from paring.backends.schedules.tiles import (
     Run,
     balanced,
     dispatch,
+    duration,
     finish,
     overlaps,
     runs,
@@ -121,7 +122,7 @@ def knobs(node: Node, target: Target) -> ConvKnobs:
     if overlaps(target, depth):
         columns, blocks = tile_height(target, shape.block, 2), 1
     else:
-        blocks = 2 if 2 * 2 * depth * shape.block * 4 <= target.l2 * 3 // 4 else 1
+        blocks = 2 if 2 * 2 * depth * shape.block * 4 <= target.l2 // 2 else 1
         columns = tile_height(target, shape.block, blocks)
     columns = min(columns, shape.out_width)
     # An image of a few pixels gives too few sums of its own.
@@ -134,12 +135,11 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
     shape = Shape.of(anchor)
     columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
     channels = runs(balanced(shape.out_blocks, knobs.blocks))
-    macs = anchor.op.macs(anchor.type, *(operand.type for operand in anchor.inputs))
     # Channels before pixels: the weights of a tile stay in the cache while they are used. Large ones serve all images at once.
     order = (1, 2, 0, 3, 4) if anchor.inputs[1].type.size * shape.images > anchor.inputs[0].type.size else (0, 1, 2, 3, 4)
     extents = (shape.images, shape.groups, tile_count(channels), shape.out_height, tile_count(columns))
     inner = order.index(2) + 1
-    with kernel.parallel([extents[i] for i in order], macs // MACS_PER_NS) as position:
+    with kernel.parallel([extents[i] for i in order], duration(anchor)) as position:
         n, group, channel, y, column = (position[order.index(i)] for i in range(5))
         turns = [extents[i] for i in order[inner:]]
         turn = flatten(position[inner:], turns)
@@ -164,10 +164,6 @@ def kernel_rows(kernel: Kernel, shape: Shape, y: Scalar) -> tuple[Scalar, Scalar
         return low, max(low, min(shape.kernel[0], high))
     low = kernel.bind(tirx.max(0, low))
     return low, kernel.bind(tirx.max(low, tirx.min(shape.kernel[0], high)))
-
-
-# Of one core, about: it only decides whether a kernel is worth several threads.
-MACS_PER_NS = 40
 
 
 @dataclass

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paring.backends.kernel import Kernel, Lanes, Scalar
-from paring.backends.schedules.conv import MACS_PER_NS, Shape, kernel_rows
+from paring.backends.schedules.conv import Shape, kernel_rows
 from paring.backends.schedules.tiles import (
     Accumulators,
     Block,
     Run,
     balanced,
     dispatch,
+    duration,
     finish,
     runs,
     takes_epilogue,
@@ -60,9 +61,8 @@ def emit(kernel: Kernel, anchor: Node, knobs: DepthwiseKnobs) -> None:
     shape = Shape.of(anchor)
     blocks = anchor.type.shape[1]
     columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
-    macs = anchor.type.size * shape.kernel[0] * shape.kernel[1]
     extents = (shape.images, blocks, shape.out_height, tile_count(columns))
-    with kernel.parallel(extents, macs // MACS_PER_NS) as (n, block, y, column):
+    with kernel.parallel(extents, duration(anchor)) as (n, block, y, column):
 
         def at_column(x: Scalar, tile: Run) -> None:
             _tile(kernel, anchor, shape, (n, block, y, x), tile)

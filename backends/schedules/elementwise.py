@@ -6,7 +6,7 @@ neighbours of the result lie far apart in the operand, the loop runs through til
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -38,7 +38,7 @@ def find(body: Graph, target: Target) -> Node | None:
 
 
 def knobs(anchor: Node, target: Target) -> ElementwiseKnobs:
-    nodes = _above(anchor)
+    nodes = above(anchor)
     widest = max(4 if n.type.dtype == "float16" else DTYPES[n.type.dtype].bytes for n in nodes)
     costly = any(_nanoseconds(n) > 0.3 for n in nodes)
     return ElementwiseKnobs(max(target.lanes * 4 // widest, 1), 2 if costly else 4)
@@ -49,13 +49,13 @@ def emit(kernel: Kernel, anchor: Node, settings: ElementwiseKnobs) -> None:
     if anchor.type.size == 0:
         T.evaluate(tirx.const(0, "int32"))
         return
-    nodes = _above(anchor)
+    nodes = above(anchor)
     work = work_ns(nodes)
     across = _fast_dimension(anchor)
     if across is not None:
         _emit_tiled(kernel, sizes, across, settings, work)
         return
-    first = len(sizes) - _mergeable(nodes, len(sizes))
+    first = len(sizes) - mergeable(nodes, len(sizes))
     # The one position counts along the last dimension that has more than one: those behind it do not change the offset.
     place = max((d for d in range(first, len(sizes)) if sizes[d] > 1), default=first)
 
@@ -121,7 +121,7 @@ def _emit_tiled(kernel: Kernel, sizes: tuple[int, ...], across: int, settings: E
     last = len(sizes) - 1
     others = [d for d in range(last) if d != across]
     tile = min(settings.tile, sizes[across])
-    widths = [(start, w, n) for start, w, n in _pieces(sizes[last], settings.lanes)]
+    widths = [(start, w, n) for start, w, n in pieces(sizes[last], settings.lanes)]
     for base, height, tiles in ((0, tile, sizes[across] // tile), (sizes[across] // tile * tile, sizes[across] % tile, 1)):
         if height == 0 or tiles == 0:
             continue
@@ -137,7 +137,7 @@ def _emit_tiled(kernel: Kernel, sizes: tuple[int, ...], across: int, settings: E
                     kernel.finish(tuple(components))
 
 
-def _pieces(extent: int, lanes: int) -> list[tuple[int, int, int]]:
+def pieces(extent: int, lanes: int) -> list[tuple[int, int, int]]:
     """(start, width, count) of the vectors that cover a row, wide ones first."""
     pieces, start, width = [], 0, lanes
     while start < extent:
@@ -149,7 +149,7 @@ def _pieces(extent: int, lanes: int) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def _above(anchor: Node) -> list[Node]:
+def above(anchor: Node) -> list[Node]:
     return Graph((), (anchor,)).nodes()
 
 
@@ -174,7 +174,7 @@ def _fast_dimension(output: Node) -> int | None:
     return None
 
 
-def _mergeable(nodes: list[Node], rank: int) -> int:
+def mergeable(nodes: Sequence[Node], rank: int) -> int:
     """How many trailing dimensions can be run as one: at least 1, unless there is none."""
     merged = min(rank, 1)
     while merged < rank and all(_keeps(node, merged + 1) for node in nodes):

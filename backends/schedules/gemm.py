@@ -19,6 +19,7 @@ from paring.backends.schedules.tiles import (
     Run,
     balanced,
     dispatch,
+    duration,
     finish,
     overlaps,
     runs,
@@ -99,8 +100,7 @@ def emit(kernel: Kernel, anchor: Node, knobs: GemmKnobs) -> None:
     shape = Shape.of(anchor, kernel.target)
     rows, columns = runs(balanced(shape.rows, knobs.rows)), shape.column_runs(knobs.vectors)
     turns = tile_count(rows)
-    macs = anchor.op.macs(anchor.type, *(operand.type for operand in anchor.inputs))
-    with kernel.parallel((shape.batch, tile_count(columns), turns), macs // MACS_PER_NS) as (batch, column, row):
+    with kernel.parallel((shape.batch, tile_count(columns), turns), duration(anchor)) as (batch, column, row):
 
         def at_column(first: Scalar, vectors: Run) -> None:
             def at_row(m: Scalar, tile: Run) -> None:
@@ -111,8 +111,6 @@ def emit(kernel: Kernel, anchor: Node, knobs: GemmKnobs) -> None:
         dispatch(kernel, column, columns, at_column)
 
 
-# Of one core, about: it only decides whether a kernel is worth several threads.
-MACS_PER_NS = 40
 # Positions of the reduction between two requests for weights to come.
 CHUNK = 16
 

@@ -59,6 +59,16 @@ def takes_epilogue(body: Graph, anchor: Node) -> bool:
     return body.outputs[0] in behind
 
 
+def duration(anchor: Node) -> int:
+    """About how many nanoseconds one core takes: it only decides whether a kernel is worth several threads."""
+    operands = [operand.type for operand in anchor.inputs]
+    macs, moved = anchor.op.macs(anchor.type, *operands), sum(t.bytes for t in (anchor.type, *operands))
+    return max(macs // MACS_PER_NS, moved // BYTES_PER_NS)
+
+
+MACS_PER_NS, BYTES_PER_NS = 50, 25
+
+
 @dataclass(frozen=True)
 class Block:
     """rows x vectors results of an anchor: `value(row, vector)`, to stand at `index(row, vector)` of its shape.

@@ -6,6 +6,7 @@ Exact graphs compute with small integers and powers of two, so every float32 sum
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,11 +75,15 @@ def graphs(*, max_size: int = 12, exact: bool = True) -> Any:
 def random_inputs(graph: Graph, rng: np.random.Generator, exact: bool = True, special: float = 0.0) -> list[Array]:
     """Arrays for a graph's inputs: integers in [-4, 4] where `exact`, normal floats else; indices stay within bounds.
 
-    `special` is the share of float elements that become NaN, an infinity or a zero of either sign.
+    `special` is the share of float elements that become NaN, an infinity or a zero of either sign. An input's values hang
+    on its label, not on its place, so that a graph with fewer inputs can be tried on the same values.
     """
     users = graph.users()
     arrays = []
+    base = int(rng.integers(2**32))
     for node in graph.inputs:
+        label = node.op.label if isinstance(node.op, Input) else ""
+        rng = np.random.default_rng((base, zlib.crc32(label.encode("utf-8", "surrogatepass"))))
         kind, shape = np.dtype(node.type.dtype).kind, node.type.shape
         if kind == "f":
             array = rng.integers(-4, 5, shape).astype(float) if exact else rng.standard_normal(shape)

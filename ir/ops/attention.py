@@ -35,6 +35,7 @@ class ScaledDotProductAttention(Op):
         require(
             q.shape[:2] == k.shape[:2] == v.shape[:2], "batches or heads differ", why=f"{q}, {k}, {v}", hint="broadcast first"
         )
+        require(q.shape[3] > 0, "the queries are empty", why=f"{q}")
         require(q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2], "inner sizes differ", why=f"{q}, {k}, {v}")
         if len(types) == 4:
             mask, wanted = types[3], (*q.shape[:3], k.shape[2])

@@ -138,6 +138,7 @@ class ConvTranspose2d(Op):
         require(x.rank == 4 and w.rank == 4, "x and weight have four dimensions", why=f"{x}, {w}")
         require(min(*self.stride, *self.dilation, self.groups) >= 1, "stride, dilation and groups are positive")
         n, c, *size = x.shape
+        require(min(x.shape[1:]) > 0, "x has no channels or no pixels", why=f"{x}")
         require(c == w.shape[0] and c % self.groups == 0, "input channels do not match the weight", why=f"{x}, {w}")
         out = w.shape[1] * self.groups
         if len(types) == 3:

@@ -1,16 +1,18 @@
-"""From a wrong output to the first pass, and the first rewrite, that breaks its contract."""
+"""From a wrong output to the first pass, and the first rewrite, that breaks its contract, on networks of any depth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from paring.ir.errors import ParingError
 from paring.ir.graph import Graph
 from paring.ir.op import Array
 from paring.ir.verify import verify
 from paring.passes.base import Pass
-from paring.passes.contract import Difference, Exact, Lossy, allowed_ulps, difference
+from paring.passes.contract import Lossy, allowed_ulps
+from paring.passes.noise import MARGIN, Oracle
 from paring.passes.rewriter import Context, Rewrite
 
 
@@ -23,38 +25,61 @@ class Culprit:
     promise: str
     rewrite_number: int
     rewrite: Rewrite | None
-    difference: Difference | None
-    error: str = ""
+    reason: str
 
     def __str__(self) -> str:
         who = f"pass {self.step} ({self.name}, {self.promise})"
         where = f", rewrite {self.rewrite_number}: {self.rewrite}" if self.rewrite else ""
-        return f"{who}{where}: {self.error or f'moved the result by {self.difference}'}"
+        return f"{who}{where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One pass that changed something, or failed; `allowed` counts from the oracle that it is judged by."""
+
+    step: int
+    transformation: Pass
+    before: Graph
+    after: Graph | None
+    rewrites: int
+    allowed: float
+    error: str = ""
 
 
 def bisect(
-    graph: Graph,
-    passes: Sequence[Pass],
-    arrays: Sequence[Array],
-    progress: Callable[[str], None] | None = None,
+    graph: Graph, passes: Sequence[Pass], arrays: Sequence[Array], tell: Callable[[str], None] = lambda what: None
 ) -> Culprit | None:
-    """Run passes one by one against their contracts on given inputs; None where all keep them.
+    """The first pass and rewrite that move the result too far; None where there is none.
 
-    The graph before each pass is its oracle. A Lossy pass is not judged; it sets a new oracle. Within the first pass that
-    fails, fuel is bisected: about log2(rewrites) further runs of the interpreter.
+    Bisects over the passes, then over the rewrites of the first bad one, so it takes about log2(passes * rewrites) runs
+    of the interpreter. A Lossy pass is not judged; what it leaves is the oracle for the passes behind it.
     """
-    for step, transformation in enumerate(passes, 1):
-        if progress:
-            progress(f"{step} {transformation.name}")
-        after, context, error = _attempt(transformation, graph, None)
-        if isinstance(transformation.contract, Lossy):
-            graph = after or graph
-            continue
-        if error or (after is not None and _broken(transformation, graph, after, context, arrays)):
-            return _first_rewrite(step, transformation, graph, arrays, len(context.rewrites), progress)
-        assert after is not None
-        graph = after
+    tell("running the passes")
+    stages = _run(graph, passes)
+    while stages:
+        lossy = next((i for i, s in enumerate(stages) if isinstance(s.transformation.contract, Lossy)), len(stages))
+        found = _first_bad(graph, stages[:lossy], arrays, tell)
+        if found is not None:
+            return found
+        if lossy < len(stages):
+            graph = stages[lossy].after or graph
+        stages = stages[lossy + 1 :]
     return None
+
+
+def _run(graph: Graph, passes: Sequence[Pass]) -> list[_Stage]:
+    stages, allowed = [], 0.0
+    for step, transformation in enumerate(passes, 1):
+        after, context, error = _attempt(transformation, graph, None)
+        lossy = isinstance(transformation.contract, Lossy)
+        spent = 0.0 if lossy else allowed_ulps(transformation.promise(context), len(context.rewrites))
+        allowed = 0.0 if lossy else allowed + spent
+        if context.rewrites or error:
+            stages.append(_Stage(step, transformation, graph, after, len(context.rewrites), allowed, error))
+        if after is None:
+            break
+        graph = after
+    return stages
 
 
 def _attempt(transformation: Pass, graph: Graph, fuel: int | None) -> tuple[Graph | None, Context, str]:
@@ -67,39 +92,43 @@ def _attempt(transformation: Pass, graph: Graph, fuel: int | None) -> tuple[Grap
     return after, context, ""
 
 
-def _broken(transformation: Pass, before: Graph, after: Graph, context: Context, arrays: Sequence[Array]) -> Difference | None:
-    if not context.rewrites:
+def _first_bad(graph: Graph, stages: Sequence[_Stage], arrays: Sequence[Array], tell: Callable[[str], None]) -> Culprit | None:
+    if not stages:
         return None
-    found = difference(before, after, arrays)
-    promise = transformation.promise(context)
-    limit = allowed_ulps(promise if not isinstance(promise, Lossy) else Exact(), len(context.rewrites))
-    return None if found.ulps <= limit else found
+    tell("the reference, in float64 and in float32")
+    oracle = Oracle.of(graph, arrays)
+
+    def bad(number: int) -> bool:
+        stage = stages[number]
+        tell(f"after pass {stage.step} {stage.transformation.name}")
+        return stage.after is None or oracle.distance_of(stage.after) > MARGIN * stage.allowed
+
+    last = len(stages) - 1
+    if not bad(last):
+        return None
+    first = _least(-1, last, bad)
+    return _first_rewrite(stages[first], oracle, tell)
 
 
-def _first_rewrite(
-    step: int,
-    transformation: Pass,
-    graph: Graph,
-    arrays: Sequence[Array],
-    total: int,
-    progress: Callable[[str], None] | None,
-) -> Culprit:
-    """The least fuel at which the pass fails."""
+def _first_rewrite(stage: _Stage, oracle: Oracle, tell: Callable[[str], None]) -> Culprit:
+    @cache
+    def judge(fuel: int) -> tuple[bool, Context, float, str]:
+        tell(f"pass {stage.step} {stage.transformation.name}, rewrite {fuel} of {stage.rewrites}")
+        after, context, error = _attempt(stage.transformation, stage.before, fuel)
+        distance = float("inf") if after is None else oracle.distance_of(after)
+        return bool(error) or distance > MARGIN * stage.allowed, context, distance, error
 
-    def fails(fuel: int) -> tuple[bool, Context, Difference | None, str]:
-        if progress:
-            progress(f"{step} {transformation.name} with fuel {fuel}")
-        after, context, error = _attempt(transformation, graph, fuel)
-        found = None if after is None else _broken(transformation, graph, after, context, arrays)
-        return bool(error) or found is not None, context, found, error
+    number = _least(0, stage.rewrites, lambda fuel: judge(fuel)[0]) if stage.rewrites else 0
+    _, context, distance, error = judge(number)
+    said = error or f"moved the result by {distance:.3g} times its float32 noise, {MARGIN * stage.allowed:g} are allowed"
+    promise = str(stage.transformation.promise(context))
+    rewrite = context.rewrites[-1] if context.rewrites else None
+    return Culprit(stage.step, str(stage.transformation), promise, number, rewrite, said)
 
-    good, bad = 0, total
+
+def _least(good: int, bad: int, fails: Callable[[int], bool]) -> int:
+    """The least number that fails, given one that does not and one that does."""
     while bad - good > 1:
         middle = (good + bad) // 2
-        if fails(middle)[0]:
-            bad = middle
-        else:
-            good = middle
-    _, context, found, error = fails(bad)
-    rewrite = context.rewrites[-1] if context.rewrites else None
-    return Culprit(step, str(transformation), str(transformation.promise(context)), bad, rewrite, found, error)
+        good, bad = (good, middle) if fails(middle) else (middle, bad)
+    return bad

@@ -12,6 +12,7 @@ import numpy as np
 from paring.ir import Graph, interpret, magnitude_bound
 from paring.ir.errors import ContractError, ParseError
 from paring.ir.op import Array
+from paring.passes.noise import MARGIN, Oracle
 
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -156,6 +157,20 @@ def check(
     limit = allowed_ulps(contract, rewrites)
     if not found.ulps <= limit:
         raise ContractError(f"{who} promised {contract} ({limit:g} ulps for {rewrites} rewrites), but moved by {found}")
+    if bound_is_vacuous(before, arrays, limit):
+        distance = Oracle.of(before, arrays).distance_of(after)
+        if not distance <= MARGIN * limit:
+            raise ContractError(f"{who} promised {contract}, but moved the result by {distance:.3g} times its float32 noise")
+
+
+def bound_is_vacuous(graph: Graph, arrays: Sequence[Array], ulps: float) -> bool:
+    """Whether the magnitude bound has grown so far that some output could be anything and still lie within it."""
+    values, bounds = magnitude_bound(graph, arrays)
+    for value, bound in zip(values, bounds, strict=True):
+        finite = np.abs(value[np.isfinite(value)], dtype=np.float64) if value.dtype.kind == "f" else np.zeros(0)
+        if finite.size and float(np.median(bound)) * EPS32 * ulps > float(finite.max()):
+            return True
+    return False
 
 
 def _check_metric(contract: Lossy, before: Graph, after: Graph, metric: Any, who: str) -> None:

@@ -141,6 +141,12 @@ def test_constants_are_compared_by_content_and_never_written() -> None:
         const.value[0] = 1
 
 
+def test_regions_of_different_bodies_differ() -> None:
+    x = x_input(2)
+    regions = [Region("chain", Graph((x,), (Node(op, (x,)),))) for op in (unary.Relu(), unary.Relu(), unary.Neg())]
+    assert len(set(regions)) == 3
+
+
 def test_errors_survive_a_process_boundary() -> None:
     error = pickle.loads(pickle.dumps(IRTypeError("what", where="where", why="why", hint="hint")))
     assert isinstance(error, IRTypeError)

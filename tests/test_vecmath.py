@@ -58,14 +58,13 @@ def sweep(low: float, high: float) -> Array:
 def kernels(count: dict[str, int], lanes: int) -> dict[str, tvm.tirx.PrimFunc]:
     made = {}
     for name, size in count.items():
-        with IRBuilder() as builder:
-            with T.prim_func():
-                T.func_name(name)
-                x, y = (T.arg(a, T.Buffer((size,), "float32")) for a in "xy")
-                T.func_attr({"tirx.noalias": True, "global_symbol": name})
-                with T.serial(0, size // lanes) as i:
-                    where = Lanes(i * lanes, lanes).expand()
-                    T.buffer_store(y, FUNCTIONS[name][0](x[where]), [where])
+        with IRBuilder() as builder, T.prim_func():
+            T.func_name(name)
+            x, y = (T.arg(a, T.Buffer((size,), "float32")) for a in "xy")
+            T.func_attr({"tirx.noalias": True, "global_symbol": name})
+            with T.serial(0, size // lanes) as i:
+                where = Lanes(i * lanes, lanes).expand()
+                T.buffer_store(y, FUNCTIONS[name][0](x[where]), [where])
         made[name] = builder.get()
     return made
 

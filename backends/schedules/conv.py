@@ -75,9 +75,9 @@ class Shape:
         height, width, (top, left) = x[2], x[3], (side[0] for side in op.padding)
         if w[2:4] == (1, 1) and op.stride == (1, 1) and (oh, ow) == (height, width):
             oh, ow, height, width = 1, oh * ow, 1, height * width
-        return Shape(
-            n, op.groups, w[1], blocks // op.groups, w[4], w[5], height, width, oh, ow, w[2:4], op.stride, op.dilation, top, left
-        )
+        kernel = (w[2], w[3])
+        blocks //= op.groups
+        return Shape(n, op.groups, w[1], blocks, w[4], w[5], height, width, oh, ow, kernel, op.stride, op.dilation, top, left)
 
     @property
     def padded_rows(self) -> bool:

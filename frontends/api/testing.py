@@ -26,6 +26,22 @@ from paring.passes.base import Pass
 from paring.passes.pattern import Rule
 from paring.passes.rewriter import Context
 
+__all__ = [
+    "LANES",
+    "Builder",
+    "Plant",
+    "Report",
+    "check_once",
+    "check_pass",
+    "check_round_trip",
+    "graphs",
+    "planted_graph",
+    "random_graph",
+    "random_inputs",
+    "shrink",
+    "work",
+]
+
 Plant = Callable[[Builder], Node]
 LANES = ("exact", "float", "special")
 LOOKUPS = (index.Gather, index.GatherElements)

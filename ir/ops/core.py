@@ -70,13 +70,17 @@ class Const(Op):
 class Region(Op):
     """A graph that a backend runs as one kernel; its body's inputs are the operands, in order.
 
-    `kind` names the anchor's schedule family, for people to read; the body alone says what is computed.
+    `kind` names the anchor's schedule family, for people to read; the body alone says what is computed. Like nodes,
+    regions are compared by identity.
     """
 
     name = "region"
     arity = (0, None)
     kind: str
     body: Graph
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def infer(self, *types: TensorType) -> TensorType:
         wanted = tuple(node.type for node in self.body.inputs)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paring.cli_frame import Report, Tell, progress, table, text
-from paring.cli_options import Device, Seed, TargetName
-from paring.cli_tables import ledger_table
+from paring.cli.frame import Report, Tell, progress, table, text
+from paring.cli.options import Device, Seed, TargetName
+from paring.cli.tables import ledger_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ def run(
     A model is compiled first and, without --input, called with its own example inputs.
     """
     import paring
-    from paring.cli_inputs import check_writable
+    from paring.cli.inputs import check_writable
 
     check_writable(output)
     if threads:
@@ -65,7 +65,7 @@ def _load(
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The network and the inputs of its call."""
     import paring
-    from paring.cli_inputs import load_model, random_arrays, read_arrays
+    from paring.cli.inputs import load_model, random_arrays, read_arrays
 
     given = read_arrays(inputs)
     if _is_artifact(what):

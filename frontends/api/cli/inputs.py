@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paring.cli_frame import USER_MODULE
+from paring.cli.frame import USER_MODULE
 from paring.ir.errors import ArgumentError, ModelError, ParingError
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from paring import __version__
-from paring.cli_frame import INTERRUPTED, MISMATCH, OK, USER, Report, framed, plain, progress, stderr, table, text
-from paring.cli_options import Device, Dump, Model, Passes, Pipeline, Plugins, Seed, TargetName
-from paring.cli_run import inspect, run
-from paring.cli_search import bisect, why_not
-from paring.cli_tables import ledger_table, ops, passes
+from paring.cli.frame import INTERRUPTED, MISMATCH, OK, USER, Report, framed, plain, progress, stderr, table, text
+from paring.cli.options import Device, Dump, Model, Passes, Pipeline, Plugins, Seed, TargetName
+from paring.cli.run import inspect, run
+from paring.cli.search import bisect, why_not
+from paring.cli.tables import ledger_table, ops, passes
 
 
 def compile_(
@@ -36,7 +36,7 @@ def compile_(
     from time import perf_counter
 
     import paring
-    from paring.cli_inputs import check_writable, chosen_passes, load_model
+    from paring.cli.inputs import check_writable, chosen_passes, load_model
 
     start = perf_counter()
     check_writable(output)
@@ -92,7 +92,7 @@ def _check_runs(target: str, device: str | None) -> None:
 
 
 def _verdict(net: Any, example: Any) -> Any:
-    from paring.cli_check import check_network
+    from paring.cli.check import check_network
 
     return check_network(net, example)
 

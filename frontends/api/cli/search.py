@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paring.cli_frame import MISMATCH, Report, Tell, progress, table, text
-from paring.cli_options import Device, Model, Passes, Pipeline, Plugins, Seed, TargetName
+from paring.cli.frame import MISMATCH, Report, Tell, progress, table, text
+from paring.cli.options import Device, Model, Passes, Pipeline, Plugins, Seed, TargetName
 
 if TYPE_CHECKING:
-    from paring.cli_check import Verdict, WrongKernel
+    from paring.cli.check import Verdict, WrongKernel
     from paring.ir.graph import Graph
     from paring.passes.base import Pass
     from paring.passes.bisect import Culprit
-
-# The interpreter takes about a second for this, and the check by the bound runs it dozens of times.
-SMALL_MACS = 50_000_000
 
 
 def bisect(
@@ -38,8 +35,9 @@ def bisect(
 
     Example: paring bisect net.py:make --target x86 --plugin mypass.py:MyPass
     """
-    from paring.cli_inputs import chosen_passes, load_model
+    from paring.cli.inputs import chosen_passes, load_model
     from paring.compiler import import_any
+    from paring.passes.bisect import bisect as first_culprit
 
     with progress() as tell:
         chosen = chosen_passes(target, passes, pipeline, plugin or ())
@@ -47,7 +45,7 @@ def bisect(
         example = load_model(model, seed)
         imported = import_any(example.model, example.args, example.kwargs)
         arrays = imported.flatten_inputs(example.args, example.kwargs)
-        culprit = _first_culprit(imported.graph, chosen, arrays, lambda name: tell(name, 0, 0))
+        culprit = first_culprit(imported.graph, chosen, arrays, lambda name: tell(name, 0, 0))
         if culprit is not None:
             return _pass_report(culprit)
         verdict, wrong = _check_compiled(imported.graph, chosen, arrays, target, device, tell)
@@ -62,23 +60,12 @@ def bisect(
     return Report(data, [*map(text, lines)], 0 if verdict.ok else MISMATCH)
 
 
-def _first_culprit(graph: Graph, passes: Sequence[Pass], arrays: Sequence[Any], tell: Callable[[str], None]) -> Culprit | None:
-    """By measured noise, which is sharp at any depth; then, on programs small enough, element by element by the bound."""
-    from paring.cli_bisect import search
-    from paring.passes.bisect import bisect as bisect_by_bound
-    from paring.passes.ledger import measure
-
-    found = search(graph, passes, arrays, tell)
-    small = measure(graph).macs <= SMALL_MACS
-    return bisect_by_bound(graph, passes, arrays, tell) if found is None and small else found
-
-
 def _check_compiled(
     graph: Graph, passes: Sequence[Pass], arrays: Sequence[Any], target: str, device: str | None, tell: Tell
 ) -> tuple[Verdict | None, WrongKernel | None]:
     """The compiled network against the interpreter, then its kernels; nothing for the reference, or without a device."""
     from paring.backends import targets
-    from paring.cli_check import check_reference, wrong_kernel
+    from paring.cli.check import check_reference, wrong_kernel
     from paring.passes.manager import run_pipeline
 
     found = targets.resolve(target)
@@ -106,9 +93,7 @@ def _pass_report(culprit: Culprit) -> Report:
         "rewrite_number": culprit.rewrite_number,
         "rule": culprit.rewrite.rule if culprit.rewrite else None,
         "node": culprit.rewrite.node if culprit.rewrite else None,
-        "ulps": culprit.difference.ulps if culprit.difference else None,
-        "difference": str(culprit.difference) if culprit.difference else None,
-        "error": culprit.error or None,
+        "reason": culprit.reason,
     }
     rows = [(key.replace("_", " "), value) for key, value in data.items() if value is not None]
     view = [text(f"culprit: {culprit}", "bold red"), table("", ("", ""), rows)]
@@ -135,7 +120,7 @@ def why_not(
 
     Example: paring why-not net.py:make --pass fuse
     """
-    from paring.cli_inputs import chosen_passes, load_model
+    from paring.cli.inputs import chosen_passes, load_model
     from paring.compiler import import_any
     from paring.errors import ArgumentError
     from paring.passes.manager import run_pipeline

@@ -11,8 +11,8 @@ import numpy as np
 
 from paring.backends import targets
 from paring.backends.targets import Target
-from paring.cli_frame import Report, progress, table, text
-from paring.cli_inputs import find
+from paring.cli.frame import Report, progress, table, text
+from paring.cli.inputs import find
 from paring.ir import OPS, Const, Graph, Input, Node, Op, Region, TensorType
 from paring.ir.text import attributes
 from paring.passes.manager import run_pipeline

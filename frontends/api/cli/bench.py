@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from paring.cli_frame import MISMATCH, OK, USER, Report, text
-from paring.cli_inputs import check_writable, find
+from paring.cli.frame import MISMATCH, OK, USER, Report, text
+from paring.cli.inputs import check_writable, find
 
 
 def split(names: str) -> tuple[str, ...]:

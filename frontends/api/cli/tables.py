@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paring.cli_frame import Report, table, text
-from paring.cli_options import Plugins, TargetName
+from paring.cli.frame import Report, table, text
+from paring.cli.options import Plugins, TargetName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ def passes(
     plugin: Plugins = None,
 ) -> Report:
     """List the passes with their contracts, and the pipeline of each target; or show one pass with its rules."""
-    from paring.cli_inputs import find, load_plugins
+    from paring.cli.inputs import find, load_plugins
     from paring.passes.pipelines import PASSES
 
     known = {**PASSES, **load_plugins(plugin or ())}
@@ -83,7 +83,7 @@ def ops(
     target: TargetName = "native",
 ) -> Report:
     """List the operators with their attributes and the schedule families that run them; or show one, with examples."""
-    from paring.cli_ops import report
+    from paring.cli.ops import report
 
     return report(name, target)
 

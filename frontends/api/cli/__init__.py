@@ -113,14 +113,16 @@ def bench(
 
     Example: paring bench --suite cnn --peers eager,inductor,ort,openvino --threads 2 --json results.json
     """
-    from paring import cli_bench
+    from paring.cli.bench import bench as measure
+    from paring.cli.bench import coverage as check_coverage
+    from paring.cli.bench import split
 
     file = None if json_ in (None, "-") else json_
-    names = cli_bench.split(models)
+    names = split(models)
     if coverage:
-        return cli_bench.coverage(names, threads, file, full=not small)
-    systems = ("paring", *(name for name in cli_bench.split(against or peers) if name != "paring"))
-    return cli_bench.bench(suite, names, systems, threads, rounds, file, seconds=seconds, small=small)
+        return check_coverage(names, threads, file, full=not small)
+    systems = ("paring", *(name for name in split(against or peers) if name != "paring"))
+    return measure(suite, names, systems, threads, rounds, file, seconds=seconds, small=small)
 
 
 def doctor() -> Report:
@@ -195,6 +197,3 @@ def main() -> None:
         stderr().print(plain("interrupted"))
         sys.exit(INTERRUPTED)
 
-
-if __name__ == "__main__":
-    main()

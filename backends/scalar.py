@@ -143,11 +143,10 @@ def _hard_swish(op: Op, x: Value) -> Value:
 
 
 def _sign(op: Op, x: Value) -> Value:
+    """-1, 0 or 1; 0 for NaN."""
     x = bind(x)
     zero = full(x, 0)
-    # The last branch keeps NaN and makes -0.0 into 0.0.
-    rest = tirx.Select(equal(x, zero), zero, x)
-    below = tirx.Select(x < zero, full(x, -1), rest) if dtype_of(x) != "uint8" else rest
+    below = zero if dtype_of(x) == "uint8" else tirx.Select(x < zero, full(x, -1), zero)
     return tirx.Select(x > zero, full(x, 1), below)
 
 

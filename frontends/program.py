@@ -78,7 +78,8 @@ class Importer:
         outputs: list[Node] = []
         for spec, result in zip(self.program.graph_signature.output_specs, results, strict=True):
             if isinstance(result, Missing):
-                raise UnsupportedOpsError("an output of the model is not supported", why=result.reason)
+                what, where = "an output of the model is not supported", f"output {spec.arg.name}"
+                raise UnsupportedOpsError(what, where=where, why=result.reason, hint="do not return it from the model")
             if spec.kind is OutputKind.USER_OUTPUT and isinstance(result, Node):
                 outputs.append(result)
         return Graph(tuple(self.inputs), tuple(outputs))

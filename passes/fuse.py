@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from paring.ir.graph import Graph, Node
@@ -73,9 +74,11 @@ class Fuse(Pass):
         outputs = set(graph.outputs)
         groups: dict[Node, _Group] = {}
         for node in reversed(graph.nodes()):
+            readers = users[node]
             if not computes(node):
                 continue
-            readers = users[node]
+            if node not in outputs and _all_inline(node, readers, groups) and context.spend("fuse", node):
+                continue
             found = {id(groups[r]): groups[r] for r in readers if r in groups}
             joined = None
             if node not in outputs and len(found) == 1 and all(r in groups for r in readers):
@@ -126,6 +129,19 @@ def _refuses_recomputing(node: Node, readers: list[Node]) -> str:
     if isinstance(node.op, ELEMENTWISE) and any(_expands(reader) for reader in readers):
         return "a broadcast would compute it again for each copy"
     return ""
+
+
+def _all_inline(node: Node, readers: list[Node], groups: Mapping[Node, _Group]) -> bool:
+    """Whether every reader of a broadcast repeats the operand itself: then each region has a copy of the node, at no cost."""
+    if not isinstance(node.op, shape.Broadcast):
+        return False
+    return all(reader in groups and _inlines(groups[reader], reader) for reader in readers)
+
+
+def _inlines(group: _Group, reader: Node) -> bool:
+    if isinstance(reader.op, (*ELEMENTWISE, shape.Broadcast)):
+        return True
+    return reader is group.anchor and isinstance(reader.op, (*LIGHT, *THROUGH_MOVES))
 
 
 def computes(node: Node) -> bool:
@@ -183,26 +199,39 @@ def _rebuild(graph: Graph, groups: dict[Node, _Group]) -> Graph:
             inputs = tuple(new[i] for i in node.inputs)
             new[node] = node if inputs == node.inputs else node.with_inputs(inputs)
         elif group.root is node:
-            new[node] = _region(group, sorted(group.nodes, key=position.__getitem__), new)
+            members = sorted(group.nodes, key=position.__getitem__)
+            new[node] = _Body(group, groups).region(members, new)
     return Graph(tuple(new[n] for n in graph.inputs), tuple(new[n] for n in graph.outputs))
 
 
-def _region(group: _Group, members: list[Node], new: dict[Node, Node]) -> Node:
-    """One region node; constants of one element move inside, everything else from outside becomes an operand."""
-    inside: dict[Node, Node] = {}
-    operands: list[Node] = []
-    body_inputs: list[Node] = []
-    for node in members:
-        for operand in node.inputs:
-            if operand in inside or operand in group.nodes:
-                continue
-            if isinstance(operand.op, Const) and operand.op.value.size == 1:
-                inside[operand] = operand
-                continue
-            inside[operand] = Node(Input(f"a{len(operands)}", operand.type.dtype, operand.type.shape))
-            body_inputs.append(inside[operand])
-            operands.append(new[operand])
-        inside[node] = Node(node.op, [inside[i] for i in node.inputs], node.loc)
-    body = Graph(tuple(body_inputs), (inside[group.root],))
-    anchor = group.anchor or group.root
-    return Node(Region(anchor.op.name, body), operands, anchor.loc)
+class _Body:
+    """A region's body in the making.
+
+    Constants of one element and broadcasts that belong to no region have a copy inside; all else from outside becomes an
+    operand.
+    """
+
+    def __init__(self, group: _Group, groups: Mapping[Node, _Group]) -> None:
+        self.group, self.groups = group, groups
+        self.inside: dict[Node, Node] = {}
+        self.operands: list[Node] = []
+        self.inputs: list[Node] = []
+
+    def region(self, members: list[Node], new: Mapping[Node, Node]) -> Node:
+        for node in members:
+            self.inside[node] = Node(node.op, [self._value(operand) for operand in node.inputs], node.loc)
+        body = Graph(tuple(self.inputs), (self.inside[self.group.root],))
+        anchor = self.group.anchor or self.group.root
+        return Node(Region(anchor.op.name, body), [new[operand] for operand in self.operands], anchor.loc)
+
+    def _value(self, node: Node) -> Node:
+        if node not in self.inside:
+            if isinstance(node.op, shape.Broadcast) and node not in self.groups:
+                self.inside[node] = Node(node.op, [self._value(operand) for operand in node.inputs], node.loc)
+            elif isinstance(node.op, Const) and node.op.value.size == 1:
+                self.inside[node] = node
+            else:
+                self.inside[node] = Node(Input(f"a{len(self.operands)}", node.type.dtype, node.type.shape))
+                self.inputs.append(self.inside[node])
+                self.operands.append(node)
+        return self.inside[node]

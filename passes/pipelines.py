@@ -16,9 +16,11 @@ from paring.passes.fuse import Fuse
 from paring.passes.layout import Layout
 from paring.passes.prepack import Prepack
 from paring.passes.scale_weights import ScaleWeights
+from paring.passes.sink_reshapes import SinkReshapes
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, Layout, Prepack, ScaleWeights, Fuse)
+    cls.name: cls
+    for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
 }
 
 _SIMPLIFY = ("canonicalize", "const-fold", "cse", "dce")
@@ -30,6 +32,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         *_SIMPLIFY,
         "decompose",
         "fold-bn",
+        "sink-reshapes",
         "canonicalize",
         "const-fold",
         "layout{{block={block}}}",

@@ -54,10 +54,7 @@ def describe(node: Node) -> str:
 
 def apply_rules(graph: Graph, rules: Sequence[Rule], context: Context) -> Graph:
     """Rewrite operands before users, sweep after sweep, until no rule fires."""
-    by_op: dict[type[Op], list[Rule]] = {}
-    for rule in rules:
-        for cls in rule.pattern.ops:
-            by_op.setdefault(cls, []).append(rule)
+    by_op = _RulesByOp(rules)
     for _ in range(MAX_SWEEPS):
         fired = len(context.rewrites)
         context.declined.clear()
@@ -67,14 +64,26 @@ def apply_rules(graph: Graph, rules: Sequence[Rule], context: Context) -> Graph:
     raise InternalError(f"rules still fire after {MAX_SWEEPS} sweeps", why=str(context.rewrites[-1]))
 
 
-def _sweep(graph: Graph, by_op: dict[type[Op], list[Rule]], context: Context) -> Graph:
+class _RulesByOp(dict[type[Op], list[Rule]]):
+    """The rules whose root may be an op of a class or of a class derived from it, in their order."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        super().__init__()
+        self.rules = rules
+
+    def __missing__(self, cls: type[Op]) -> list[Rule]:
+        self[cls] = [rule for rule in self.rules if issubclass(cls, rule.pattern.ops or Op)]
+        return self[cls]
+
+
+def _sweep(graph: Graph, by_op: _RulesByOp, context: Context) -> Graph:
     uses: Counter[Node] = graph.use_counts()
 
     def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
         new = node if inputs == node.inputs else node.with_inputs(inputs)
         uses[new] = uses[node]
         for _ in range(MAX_REWRITES_AT_ONE_NODE):
-            replacement = _rewrite_once(new, by_op.get(type(new.op), ()), uses, context)
+            replacement = _rewrite_once(new, by_op[type(new.op)], uses, context)
             if replacement is None:
                 return new
             uses[replacement] = max(uses[replacement], uses[node])

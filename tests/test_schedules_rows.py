@@ -11,7 +11,7 @@ import tvm
 from paring.backends.families import choose, lower_region
 from paring.backends.kernel import tvm_target
 from paring.backends.targets import TARGETS, Target, missing_flags
-from paring.ir import Const, Graph, Input, Node, magnitude_bound
+from paring.ir import Const, Graph, Input, Node, interpret, magnitude_bound
 from paring.ir.op import Array, Op
 from paring.ir.ops import binary, norm, reduce, shape, unary
 from paring.ir.ops.attention import ScaledDotProductAttention
@@ -229,3 +229,19 @@ def test_arithmetic_is_not_rearranged() -> None:
     np.testing.assert_array_equal(got["zeros"], [0.0, np.nan, np.nan, 0.0])
     np.testing.assert_array_equal(got["infinite"], [np.inf, np.nan, np.inf, np.nan])
     assert not np.signbit(got["negative_zero"][3])
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float32"])
+def test_a_query_without_keys_gives_zeros(dtype: str) -> None:
+    b = Builder()
+    q, k, v = b.input(1, 2, 7, 8), b.input(1, 2, 19, 8), b.input(1, 2, 19, 8)
+    body = Graph((*b.inputs, b.input(1, 2, 7, 19, dtype=dtype)), (b(ScaledDotProductAttention(), q, k, v, b.inputs[-1]),))
+    rng = np.random.default_rng(1)
+    arrays = [rng.standard_normal(i.type.shape).astype("float32") for i in b.inputs[:3]]
+    kept = rng.random((1, 2, 7, 19)) < 0.5
+    kept[:, :, 3] = False
+    arrays.append(kept if dtype == "bool" else np.where(kept, np.float32(0), np.float32(-np.inf)))
+    module = tvm.compile(tvm.IRModule({"k": lower_region(body, HOST[-1], "k")}), target=tvm_target(HOST[-1]))
+    got = run(module["k"], body, arrays)
+    np.testing.assert_array_equal(got[:, :, 3], 0.0)
+    np.testing.assert_allclose(got, interpret(body, arrays)[0], atol=20 * EPS)

@@ -99,7 +99,7 @@ def _taps(op: resize.Resize, position: Scalar, size: int, out: int, scale: float
     if op.mode == "nearest":
         low = bind(clamp(cast(tirx.floor(at * full(at, float(ratio))), "int32"), size))
         return low, low, full(at, 0.0)
-    # LLVM fuses a product with the subtraction behind it, and rounds once: a limit in between, which changes nothing, prevents that.
+    # LLVM would fuse a product with the subtraction behind it, and round once: a limit in between, which changes nothing.
     if op.align_corners:
         source = limit(at * full(at, float(np.float32((size - 1) / (out - 1) if out > 1 else 0.0))), -1.0, size - 1.0)
     else:

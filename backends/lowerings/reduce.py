@@ -139,13 +139,8 @@ def _trailing(kernel: Kernel, node: Node, index: Index, centred: bool) -> Value:
     if lanes_of(index[first:]) > 1:
         scalar_only(index)
     y = bind(_normalised(kernel, x, spread, index, node.op.eps, centred))
-    y = (
-        y * cast(kernel.value(weight, index[first:]), vm.dtype_of(y))
-        if lanes_of(index) == 1
-        else y * splat(cast(kernel.value(weight, index[first:]), vm.dtype_of(y)), lanes_of(index))
-    )
-    if centred:
-        y = y + splat(cast(kernel.value(node.inputs[2], index[first:]), vm.dtype_of(y)), lanes_of(index))
+    weight_value, *bias = (splat(cast(kernel.value(p, index[first:]), vm.dtype_of(y)), lanes_of(index)) for p in node.inputs[1:])
+    y = vm.fma(y, weight_value, bias[0]) if bias else y * weight_value
     return cast(y, node.type.dtype)
 
 
@@ -232,12 +227,8 @@ def _greater_number(x: Value, best: Value, is_float: bool) -> Value:
     return tirx.Select(x > best, x, best)
 
 
-def cumsum(kernel: Kernel, node: Node, index: Index) -> Value:
-    return _cumsum(kernel, node, index)
-
-
 @by_lane
-def _cumsum(kernel: Kernel, node: Node, index: Index) -> Value:
+def cumsum(kernel: Kernel, node: Node, index: Index) -> Value:
     (x,), axis = node.inputs, node.op.axis
     scalar_only((index[axis],))
     dtype = sum_type(x.type.dtype)
@@ -260,5 +251,5 @@ REDUCTIONS = {
     norm.BatchNorm: batch_norm,
     norm.Softmax: softmax,
     norm.LogSoftmax: softmax,
-    scan.CumSum: _cumsum,
+    scan.CumSum: cumsum,
 }

@@ -142,9 +142,7 @@ def adaptive_max_pool(spatial: int, b: Builder, x: Node, size: Ints) -> tuple[No
 # --- resizing -------------------------------------------------------------------------------------------------------
 
 
-def resize(
-    mode: str, spatial: int, b: Builder, x: Node, align_corners: bool, factors: Sequence[float | None] | None
-) -> Node:
+def resize(mode: str, spatial: int, b: Builder, x: Node, align_corners: bool, factors: Sequence[float | None] | None) -> Node:
     """To torch's output size. Coordinates follow the user's scale factors where there are some."""
     x = images(b, x, spatial)
     listed = [None] * spatial if not factors else list(factors)

@@ -82,9 +82,7 @@ def topk(b: Builder, x: Node, count: int, axis: int = -1, largest: bool = True, 
     return extreme_with_index(1 if largest else -1, b, x, axis, True)
 
 
-def variance(
-    b: Builder, x: Node, axes: Axes = None, correction: float | None = None, keepdim: bool = False
-) -> tuple[Node, Node]:
+def variance(b: Builder, x: Node, axes: Axes = None, correction: float | None = None, keepdim: bool = False) -> tuple[Node, Node]:
     """(variance, mean): the mean of squared distances, rescaled by the correction (Bessel's by default)."""
     where = axes_of(axes, x.type.rank)
     count = prod(x.type.shape[a] for a in where)
@@ -103,9 +101,7 @@ def std(b: Builder, x: Node, axes: Axes = None, correction: float | None = None,
     return b.node(un.Sqrt(), var(b, x, axes, correction, keepdim))
 
 
-def std_mean(
-    b: Builder, x: Node, axes: Axes = None, correction: float | None = None, keepdim: bool = False
-) -> tuple[Node, Node]:
+def std_mean(b: Builder, x: Node, axes: Axes = None, correction: float | None = None, keepdim: bool = False) -> tuple[Node, Node]:
     found, mean = variance(b, x, axes, correction, keepdim)
     return b.node(un.Sqrt(), found), mean
 

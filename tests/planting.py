@@ -10,7 +10,7 @@ import numpy as np
 from paring.generators import Builder, splitting, squeeze_excite
 from paring.ir import Graph, Input, Node, Op, Region
 from paring.ir.ops import attention, binary, conv, linear, norm, pack, pool, reduce, shape, unary
-from paring.passes import canonicalize, dce, decompose, fold_bn, prepack, scale_weights
+from paring.passes import canonicalize, dce, decompose, fold_bn, prepack, scale_weights, sink_reshapes
 from paring.passes.pattern import Rule
 from paring.testing import Plant
 
@@ -23,6 +23,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "decompose{attention=True}": (*decompose.RULES, *decompose.ATTENTION_RULES),
     "prepack{block=4}": tuple(prepack.Prepack(BLOCK).rules()),
     "scale-weights": scale_weights.RULES,
+    "sink-reshapes": sink_reshapes.RULES,
 }
 """All rules, by the pass that applies them."""
 
@@ -108,6 +109,25 @@ def reshape_of_transpose(b: Builder) -> Node:
     n, c = b.choose(2, 3), b.choose(4, 5)
     turned = b.node(shape.Transpose((0, 3, 1, 2)), b.input(1, n, 1, c))
     return b.node(shape.Reshape((c, n)), turned)
+
+
+def elementwise_of_reshape(b: Builder) -> Node:
+    rows, columns = b.choose(4, 6), b.choose(2, 3)
+    product = b.node(linear.Linear(), b.input(rows, 3), b.weights(columns, 3))
+    split = b.node(shape.Reshape((2, rows // 2, columns)), product)
+    if b.chance(0.4):
+        return b.node(unary.Relu(), split)
+    dims = (2, rows // 2, columns)
+    other = b.node(shape.Broadcast(dims), b.input(columns)) if b.chance(0.5) else b.input(*dims)
+    operands = (split, other) if b.chance(0.5) else (other, split)
+    return b.node(binary.Sub() if b.chance(0.5) else binary.Mul(), *operands)
+
+
+def reshape_of_broadcast(b: Builder) -> Node:
+    width = b.choose(2, 3)
+    dims = ((width,), (1, width), (1, 1), (2, 1))[b.choose(0, 0, 1, 1, 2, 3)]
+    repeated = b.node(shape.Broadcast((3, 2, width)), b.input(*dims))
+    return b.node(shape.Reshape((6, width)), repeated)
 
 
 def keep_image_dims(b: Builder) -> Node:
@@ -300,6 +320,8 @@ PLANTERS: dict[str, tuple[Plant, ...]] = {
     "slice-of-transpose": (slice_of_transpose,),
     "slice-of-reshape": (slice_of_reshape,),
     "slice-of-linear": (slice_of_linear,),
+    "elementwise-of-reshape": (elementwise_of_reshape,),
+    "reshape-of-broadcast": (reshape_of_broadcast,),
     "reshape-of-transpose": (reshape_of_transpose,),
     "keep-image-dims": (keep_image_dims,),
     "clamp-to-relu": (clamp_to_relu,),

@@ -96,6 +96,7 @@ NOT_RUN = {
 }
 # --- end of tables ---
 
+
 class Samples(nn.Module):
     """Calls of operators; the tensors among their arguments are the inputs."""
 

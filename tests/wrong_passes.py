@@ -134,17 +134,17 @@ def ignores_whole_blocks(walker: Any, node: Node) -> Node | None:
 
 def _region(change: Callable[[Node, list[Node]], Sequence[Node]]) -> Patched:
     """The fuse pass with the bodies of its regions rebuilt: `change(node, new inputs)` gives the inputs to use."""
-    right = fuse._region
+    right = fuse._Body.region
 
-    def wrong(group: Any, members: list[Node], new: dict[Node, Node]) -> Node:
-        region = right(group, members, new)
+    def wrong(body: Any, members: list[Node], new: dict[Node, Node]) -> Node:
+        region = right(body, members, new)
 
         def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
             return node if not inputs else node.with_inputs(change(node, list(inputs)))
 
         return Node(Region(region.op.kind, rebuild(region.op.body, visit)), region.inputs, region.loc)
 
-    return Patched(Fuse(), lambda: mock.patch.object(fuse, "_region", wrong))
+    return Patched(Fuse(), lambda: mock.patch.object(fuse._Body, "region", wrong))
 
 
 def swaps_operands(node: Node, inputs: list[Node]) -> Sequence[Node]:

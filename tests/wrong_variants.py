@@ -398,6 +398,23 @@ def _gated_weights(*, gate_outputs: bool) -> Rewrite:
     return gate_to_weights
 
 
+def swaps_the_operands(m: Match) -> Node | None:
+    x = next((n.inputs[0] for n in m.root.inputs if isinstance(n.op, shape.Reshape)), None)
+    if x is None or len(m.root.inputs) != 2 or x.type.rank >= m.root.type.rank:
+        return None
+    operands = [m.make(shape.Reshape(x.type.shape), other) for other in m.root.inputs[::-1]]
+    return m.make(shape.Reshape(m.root.type.shape), m.make(m.root.op, *operands))
+
+
+def repeats_along_the_wrong_dimension(m: Match) -> Node | None:
+    (x,), after = m["broadcast"].inputs, m.root.type.shape
+    if x.type.size != after[-1] or after[0] % x.type.size:
+        return None
+    size = x.type.size
+    column = m.make(shape.Broadcast((after[0] // size, size, after[-1])), m.make(shape.Reshape((size, 1)), x))
+    return m.make(shape.Reshape(after), column)
+
+
 WRONG: dict[str, tuple[Rewrite, ...]] = {
     "drop-identity": (drops_whatever_keeps_the_type,),
     "merge-reshapes": (keeps_the_inner_shape,),
@@ -412,6 +429,8 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
     "broadcast-to-reshape": (turns_the_broadcast_around,),
     "slice-of-transpose": (cuts_the_transposed_dimensions,),
     "slice-of-reshape": (cuts_the_first_rows,),
+    "elementwise-of-reshape": (swaps_the_operands,),
+    "reshape-of-broadcast": (repeats_along_the_wrong_dimension,),
     "slice-of-linear": (_cut_linear(2, True), _cut_linear(0, False)),
     "reshape-of-transpose": (drops_the_transpose,),
     "keep-image-dims": (reduces_the_channels, takes_the_sum),

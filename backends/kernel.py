@@ -49,7 +49,8 @@ class Lanes:
         """As a TVM vector expression; a single lane is a scalar."""
         if self.count == 1:
             return as_int(self.base)
-        return tirx.Ramp(as_int(self.base), self.stride, self.count) if self.stride else tirx.Broadcast(as_int(self.base), self.count)
+        base = as_int(self.base)
+        return tirx.Ramp(base, self.stride, self.count) if self.stride else tirx.Broadcast(base, self.count)
 
 
 Index = tuple[Any, ...]  # of Scalar, at most one of Lanes

@@ -13,7 +13,7 @@ from paring.backends.kernel import tvm_target
 from paring.backends.targets import TARGETS, Target, missing_flags
 from paring.ir import Const, Graph, Input, Node, interpret, magnitude_bound
 from paring.ir.op import Array, Op
-from paring.ir.ops import binary, norm, reduce, shape, unary
+from paring.ir.ops import binary, norm, reduce, scan, shape, unary
 from paring.ir.ops.attention import ScaledDotProductAttention
 
 HOST = [t for t in TARGETS.values() if t.arch == "x86_64" and not missing_flags(t)]
@@ -78,6 +78,18 @@ def long_rows(b: Builder) -> Node:
 
 def long_softmax(b: Builder) -> Node:
     return b(norm.Softmax(1), b(unary.Neg(), b.input(2, 40_001)))
+
+
+def long_softmax_across(b: Builder) -> Node:
+    return b(norm.Softmax(1), b(unary.Neg(), b.input(2, 5_003, 17)))
+
+
+def running_sum(b: Builder) -> Node:
+    return b(unary.Neg(), b(scan.CumSum(1), b(unary.Abs(), b.input(3, 50, 21))))
+
+
+def running_sum_of_rows(b: Builder) -> Node:
+    return b(unary.Neg(), b(scan.CumSum(1), b(unary.Abs(), b.input(3, 50))))
 
 
 def short_softmax(b: Builder) -> Node:
@@ -167,7 +179,7 @@ def attention_one_query(b: Builder) -> Node:
 BODIES: dict[Callable[[Builder], Node], str] = {
     **dict.fromkeys((softmax_masked, softmax_channels, layer_norm_residual, layer_norm_images, group_norm_silu), "rows"),
     **dict.fromkeys((long_rows, long_softmax, short_softmax, blocked_mean, blocked_mean_by_channel), "rows"),
-    **dict.fromkeys((max_of_sum, argmax_of_sum), "rows"),
+    **dict.fromkeys((max_of_sum, argmax_of_sum, long_softmax_across, running_sum, running_sum_of_rows), "rows"),
     **dict.fromkeys((concat_of_chains, concat_of_channels), "concat"),
     **dict.fromkeys((attention_of_heads, attention_masked, attention_shared_keys, attention_one_query), "attention"),
     **dict.fromkeys((scattered_sum, bias_relu_residual, one_column, transposed_sum, padded_slice), "elementwise"),

@@ -23,12 +23,12 @@ from paring.backends.schedules.elementwise import mergeable, pieces, work_ns
 from paring.backends.targets import Target
 from paring.backends.vecmath import bind, cast, full
 from paring.ir.graph import Graph, Node
-from paring.ir.ops import norm, reduce, shape
+from paring.ir.ops import norm, reduce, scan, shape
 from paring.ir.ops.core import Const, Input
 
 NORMS = (norm.LayerNorm, norm.RmsNorm, norm.GroupNorm)
 REDUCTIONS = (reduce.Sum, reduce.Mean, reduce.Max, reduce.Min)
-ANCHORS = (*NORMS, norm.Softmax, *REDUCTIONS, reduce.ArgMax)
+ANCHORS = (*NORMS, norm.Softmax, *REDUCTIONS, reduce.ArgMax, scan.CumSum)
 # Scratch memory of a row, bytes; longer rows are read again from their source.
 ROW_BYTES = 128 * 1024
 INF = float("inf")
@@ -96,11 +96,7 @@ def find(body: Graph, target: Target) -> Node | None:
             if isinstance(n.op, shape.Broadcast):
                 return None
             behind.add(n)
-    view = view_of(body, anchor)
-    if view is None or output not in behind:
-        return None
-    fits = view.width == 1 or isinstance(anchor.op, (*REDUCTIONS, reduce.ArgMax)) or view.count * target.lanes * 4 <= ROW_BYTES
-    return anchor if fits else None
+    return anchor if output in behind and view_of(body, anchor) is not None else None
 
 
 def knobs(anchor: Node, target: Target) -> RowsKnobs:
@@ -144,6 +140,8 @@ def emit(kernel: Kernel, anchor: Node, settings: RowsKnobs) -> None:
     # The operand is read from memory once and from the cache after that; a reduction's generic cost does not apply.
     work = work_ns([n for n in kernel.body.nodes() if n is not anchor]) + anchor.inputs[0].type.size // 2
     if not view.trailing or view.width == 1:
+        if isinstance(anchor.op, scan.CumSum):
+            settings = replace(settings, lanes=1)
         with kernel.parallel(view.outer, work) as outer:
             _emit_row(Row(kernel, anchor, replace(view, row=(*view.row, *view.trailing), trailing=()), outer, settings))
         return
@@ -164,6 +162,8 @@ def _emit_row(row: Row) -> None:
         _softmax(row)
     elif isinstance(op, reduce.ArgMax):
         _argmax(row)
+    elif isinstance(op, scan.CumSum):
+        _scan(row)
     else:
         _reduction(row)
 
@@ -391,6 +391,14 @@ def _reduction(row: Row) -> None:
         if isinstance(op, reduce.Mean):
             value = value / full(value, row.view.count)
     row.write(_reduced_index(row), lambda _, v: v, value)
+
+
+def _scan(row: Row) -> None:
+    kernel = row.kernel
+    total, where = accumulator(kernel, row.lanes, "float32", constant(0.0, "float32", row.lanes))
+    with kernel.loop(row.whole) as i:
+        kernel.store(total, where, kernel.load(total, where) + row.read((), i, False, 0.0))
+        row.write(row.index((), i), lambda _, v: v, kernel.load(total, where))
 
 
 def _reduced_index(row: Row) -> Index:

@@ -6,7 +6,7 @@ All take and give float32 expressions, scalar or vector. The largest errors over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tvm import tirx
@@ -263,3 +263,52 @@ def elu(x: Value, alpha: float, scale_by: float, input_scale: float) -> Value:
     zero = full(x, 0.0)
     below = expm1(tirx.Select(x > zero, zero, x) * full(x, input_scale))
     return tirx.Select(x > zero, x * full(x, scale_by), below * full(x, alpha * scale_by))
+
+
+def sin(x: Value) -> Value:
+    return _circular(x, 0, tirx.sin)
+
+
+def cos(x: Value) -> Value:
+    return _circular(x, 1, tirx.cos)
+
+
+# Up to here the remainder of a division by pi / 2 in three parts is precise enough.
+_FAR = 30_000.0
+
+
+def _circular(x: Value, quarter: int, precise: Callable[[Value], Value]) -> Value:
+    """N. Juffa's sinf, turned by so many quarters; the C library, one lane at a time, where a lane is far from zero."""
+    x = bind(x)
+    lanes = lanes_in(x)
+    register, where = T.alloc_buffer((lanes,), "float32", scope="global"), Lanes(0, lanes).expand()
+    furthest = bind(tirx.abs(x))
+    while lanes > 1:
+        lanes //= 2
+        low, high = (tirx.Shuffle([furthest], [tirx.const(start + i, "int32") for i in range(lanes)]) for start in (0, lanes))
+        low, high = bind(low), bind(high)
+        furthest = bind(tirx.Select(low > high, low, high))
+    with T.If(cast(furthest, "float32") < tirx.const(_FAR, "float32")):
+        with T.Then():
+            T.buffer_store(register, _circular_near(x, quarter), [where])
+        with T.Else():
+            T.buffer_store(register, precise(x), [where])
+    return register[where]
+
+
+def _circular_near(x: Value, quarter: int) -> Value:
+    shifted = bind(fma(x, full(x, 0.6366197723675814), full(x, MAGIC)))
+    j = bind(shifted - full(x, MAGIC))
+    r = x
+    for part in (1.57079601, 3.13916473e-07, 5.39030253e-15):
+        r = fma(j, full(x, -part), r)
+    r = bind(r)
+    s = bind(r * r)
+    sine = polynomial(s, (2.86567956e-6, -1.98559923e-4, 8.33338592e-3, -1.66666672e-1))
+    sine = fma(sine, bind(r * s), r)
+    cosine = polynomial(s, (2.44677067e-5, -1.38877297e-3, 4.16666567e-2, -5.0e-1, 1.0))
+    bits = reinterpret(shifted, "int32")
+    turn = bind(bits + full(bits, quarter))
+    odd = tirx.NE(turn & full(bits, 1), full(bits, 0))
+    y = bind(tirx.Select(odd, cosine, sine))
+    return tirx.Select(tirx.NE(turn & full(bits, 2), full(bits, 0)), -y, y)

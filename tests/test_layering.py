@@ -57,10 +57,11 @@ def folder_of(path: Path) -> str:
 SOURCES = sorted(p for floor in FLOORS for p in (ROOT / floor).rglob("*.py") if "node_modules" not in p.parts)
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(), str(path)) for path in (*SOURCES, *TESTS)}
-BELOW_FLOORS = [p for p in SOURCES if folder_of(p) in ("ir", "passes")]
 
-each_source = pytest.mark.parametrize("path", SOURCES, ids=[str(p.relative_to(ROOT)) for p in SOURCES])
-each_file = pytest.mark.parametrize("path", TREES, ids=[str(p.relative_to(ROOT)) for p in TREES])
+
+def place(path: Path, node: ast.AST | None = None) -> str:
+    line = getattr(node, "lineno", None)
+    return f"{path.relative_to(ROOT)}" + (f":{line}" if line else "")
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
@@ -82,41 +83,45 @@ def package_of(module: str) -> str:
     return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "api"
 
 
-@each_file
-def test_no_bare_imports(path: Path) -> None:
-    bare = [name for _, name in imports(TREES[path]) if name.split(".")[0] in FLOORS]
-    assert not bare, "import paring.X: a bare import loads a second copy"
+def test_no_bare_imports() -> None:
+    """`import ir` would load a second copy of the package."""
+    faults = [
+        f"{place(path, node)} {name}" for path, tree in TREES.items() for node, name in imports(tree) if root(name) in FLOORS
+    ]
+    assert not faults
 
 
-@each_source
-def test_arrows_are_as_drawn(path: Path) -> None:
-    allowed = HOUSE[folder_of(path)]
-    for node, name in imports(TREES[path]):
-        if name.split(".")[0] == "paring":
-            assert package_of(name) in allowed, f"line {node.lineno}: {name}"
+def root(module: str) -> str:
+    return module.split(".")[0]
 
 
-@each_source
-def test_libraries_stay_on_their_floors(path: Path) -> None:
-    floor = folder_of(path)
-    names = {name.split(".")[0] for _, name in imports(TREES[path])} - {"paring", "__future__"} - sys.stdlib_module_names
-    if floor in LIBRARIES:
-        assert names <= LIBRARIES[floor]
-    if floor not in ("frontends", "frontends/api", "bench"):
-        assert "torch" not in names
-    if floor not in ("backends", "autotune", "bench"):
-        assert "tvm" not in names
+def test_arrows_are_as_drawn() -> None:
+    ours = [(path, node, name) for path in SOURCES for node, name in imports(TREES[path]) if root(name) == "paring"]
+    faults = [f"{place(path, node)} {name}" for path, node, name in ours if package_of(name) not in HOUSE[folder_of(path)]]
+    assert not faults
 
 
-@each_source
-def test_no_import_inside_a_function_hides_a_cycle(path: Path) -> None:
+def test_libraries_stay_on_their_floors() -> None:
+    faults = []
+    for path in SOURCES:
+        floor = folder_of(path)
+        names = {root(name) for _, name in imports(TREES[path])} - {"paring", "__future__"} - sys.stdlib_module_names
+        faults += [f"{place(path)} {name}" for name in names - LIBRARIES.get(floor, names)]
+        if "torch" in names and floor not in ("frontends", "frontends/api", "bench"):
+            faults.append(f"{place(path)} torch")
+        if "tvm" in names and floor not in ("backends", "autotune", "bench"):
+            faults.append(f"{place(path)} tvm")
+    assert not faults
+
+
+def test_no_import_inside_a_function_hides_a_cycle() -> None:
     """Below the public face, which imports what is heavy only when it is needed."""
-    if folder_of(path) in ("frontends/api", "bench"):
-        return
-    for function in ast.walk(TREES[path]):
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            hidden = [name for _, name in imports(function) if name.split(".")[0] == "paring"]
-            assert not hidden, f"line {function.lineno}: {function.name} imports {hidden}"
+    faults = []
+    for path in SOURCES:
+        functions = [n for n in ast.walk(TREES[path]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+        if folder_of(path) not in ("frontends/api", "bench"):
+            faults += [f"{place(path, f)} {f.name}" for f in functions if any(root(n) == "paring" for _, n in imports(f))]
+    assert not faults
 
 
 def test_imports_have_no_cycle() -> None:
@@ -137,22 +142,31 @@ def module_of(path: Path) -> str:
     return ".".join(["paring", *(parts[2:] if parts[:2] == ["frontends", "api"] else parts)])
 
 
-@pytest.mark.parametrize("path", BELOW_FLOORS, ids=[str(p.relative_to(ROOT)) for p in BELOW_FLOORS])
-def test_no_target_is_named_below(path: Path) -> None:
-    documented = [n for n in ast.walk(TREES[path]) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef) and n.body]
-    docstrings = {n.body[0].value for n in documented if isinstance(n.body[0], ast.Expr)}
-    for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
-            assert not TARGET.search(node.value), f"line {node.lineno}: {node.value!r}"
+def test_no_target_is_named_below() -> None:
+    faults = []
+    for path in SOURCES:
+        if folder_of(path) not in ("ir", "passes"):
+            continue
+        nodes = list(ast.walk(TREES[path]))
+        documented = [n for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef) and n.body]
+        docstrings = {n.body[0].value for n in documented if isinstance(n.body[0], ast.Expr)}
+        texts = [n for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and n not in docstrings]
+        faults += [f"{place(path, n)} {n.value!r}" for n in texts if TARGET.search(str(n.value))]
+    assert not faults
 
 
-@each_file
-def test_files_and_functions_are_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
-    for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+def test_files_and_functions_are_small() -> None:
+    faults = []
+    for path, tree in TREES.items():
+        lines = len(path.read_text().splitlines())
+        if lines > MAX_FILE_LINES:
+            faults.append(f"{place(path)} has {lines} lines")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    faults.append(f"{place(path, node)} {node.name} has {length} lines")
+    assert not faults
 
 
 def environment_reads(tree: ast.AST) -> Iterator[str]:
@@ -172,16 +186,19 @@ def test_there_are_few_environment_variables() -> None:
     assert len(found) <= MAX_ENVIRONMENT_VARIABLES, sorted(found)
 
 
-@each_source
-def test_no_global_statement_and_no_registry_filled_elsewhere(path: Path) -> None:
+def test_no_global_statement_and_no_registry_filled_elsewhere() -> None:
     """No `global`, and no module's upper-case table is changed after it was written."""
-    for node in ast.walk(TREES[path]):
-        assert not isinstance(node, ast.Global), f"line {node.lineno}: global {node}"
-        match node:
-            case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name) | ast.Attribute(attr=name))]):
-                assert not _is_table(name), f"line {node.lineno}: {name}[...] = ..."
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=method)) if method in CHANGES:
-                assert not _is_table(name), f"line {node.lineno}: {name} is changed"
+    faults = []
+    for path in SOURCES:
+        for node in ast.walk(TREES[path]):
+            match node:
+                case ast.Global():
+                    faults.append(f"{place(path, node)} global")
+                case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name) | ast.Attribute(attr=name))]) if _is_table(name):
+                    faults.append(f"{place(path, node)} {name}[...] = ...")
+                case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=method)) if method in CHANGES and _is_table(name):
+                    faults.append(f"{place(path, node)} {name}.{method}")
+    assert not faults
 
 
 def _is_table(name: str) -> bool:
@@ -196,12 +213,15 @@ def test_every_package_is_listed_in_pyproject() -> None:
     assert all((ROOT / folder / "__init__.py").exists() for folder in folders)
 
 
-@pytest.mark.parametrize("path", TESTS, ids=[p.name for p in TESTS])
-def test_no_bare_tolerances(path: Path) -> None:
+def test_no_bare_tolerances() -> None:
     """A tolerance is a named number with a unit, not an argument found by trying."""
-    for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.keyword) and node.arg in ("rtol", "atol", "rel", "abs"):
-            assert not isinstance(node.value, ast.Constant) or node.value.value == 0, f"line {node.value.lineno}: {node.arg}"
+    faults = []
+    for path in TESTS:
+        for node in ast.walk(TREES[path]):
+            match node:
+                case ast.keyword(arg="rtol" | "atol" | "rel" | "abs", value=ast.Constant(value=value)) if value != 0:
+                    faults.append(f"{place(path, node.value)} {node.arg}={value}")
+    assert not faults
 
 
 def test_the_testing_module_needs_neither_torch_nor_tvm() -> None:

@@ -24,7 +24,7 @@ COMPUTING = [cls for name, cls in OPS.items() if name not in ("input", "const", 
 EPS = float(np.finfo(np.float32).eps)
 
 # |error| <= K * eps * bound, where the bound of a sum is the sum of its magnitudes. A few roundings stay under 2 in all.
-K: dict[type[Op], float] = {unary.Sin: 4.0, unary.Cos: 4.0, binary.Pow: 4.0}
+K: dict[type[Op], float] = {binary.Pow: 4.0}
 K_DEFAULT = 2.0
 
 # Ops whose results on small integers are small integers again: not a bit may differ.

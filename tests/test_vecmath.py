@@ -40,6 +40,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Value], Value], Callable[[Array], Array], t
     "log_near_1": (vm.log, np.log, (0.5, 2.0), 1.0),
     "erf": (vm.erf, _erf, (-5.0, 5.0), 1.0),
     "tanh": (vm.tanh, np.tanh, (-12.0, 12.0), 1.5),
+    "sin": (vm.sin, np.sin, (-100.0, 100.0), 1.5),
+    "cos": (vm.cos, np.cos, (-100.0, 100.0), 1.5),
+    "sin_far": (vm.sin, np.sin, (-3e5, 3e5), 1.5),
+    "cos_far": (vm.cos, np.cos, (-1e30, 1e30), 1.5),
     "sigmoid": (vm.sigmoid, _sigmoid, (-105.0, 90.0), 2.5),
     "silu": (vm.silu, lambda x: x * _sigmoid(x), (-80.0, 80.0), 3.5),
     # Where gelu is small for negative x, its definition cancels: the error is counted in ulps of x (below).

@@ -92,29 +92,38 @@ def conv_transpose2d(kernel: Kernel, node: Node, index: Index) -> Value:
     """Gathers: the elements of x that a result element gets a share of."""
     x, w = node.inputs[:2]
     op, dtype = node.op, sum_type(node.type.dtype)
-    n, channel, y, z = index
+    n, channel, *place = index
     scalar_only(index)
-    out_group, (kh, kw) = w.type.shape[1], w.type.shape[2:]
-    in_group = w.type.shape[0] // op.groups
+    out_group, in_group = w.type.shape[1], w.type.shape[0] // op.groups
     group, inner = channel // out_group, channel % out_group
-    size = x.type.shape[2:]
 
     def term(position: tuple[Any, ...]) -> Value:
-        i, *taps = position
-        inside, taken = tirx.const(True, "bool"), []
-        for at, tap, p, d, s, extent in zip((y, z), taps, op.padding, op.dilation, op.stride, size, strict=True):
-            source = as_int(at + p - tap * d)
-            inside = tirx.And(inside, tirx.And(source >= 0, tirx.And(tirx.EQ(source % s, 0), source // s < extent)))
-            taken.append(clamp(source // s, extent))
-        value = cast(kernel.value(x, (n, group * in_group + i, *taken)), dtype)
-        weight = cast(kernel.value(w, (group * in_group + i, inner, *taps)), dtype)
-        product = value * weight
-        return tirx.Select(inside, product, full(product, 0.0))
+        i, *turns = position
+        reached = [_source(op, d, place[d], turns[d], x.type.shape[2 + d], w.type.shape[2 + d]) for d in (0, 1)]
+        (rows, r, row), (columns, s, column) = reached
+        value = cast(kernel.value(x, (n, group * in_group + i, row, column)), dtype)
+        weight = cast(kernel.value(w, (group * in_group + i, inner, r, s)), dtype)
+        return tirx.Select(tirx.And(rows, columns), value * weight, constant(0.0, dtype))
 
-    result = total(kernel, (in_group, kh, kw), 1, dtype, term)
+    turns = [_turns(op, d, w.type.shape[2 + d]) for d in (0, 1)]
+    result = total(kernel, (in_group, *turns), 1, dtype, term)
     if len(node.inputs) == 3:
         result = result + cast(kernel.value(node.inputs[2], (channel,)), dtype)
     return cast(result, node.type.dtype)
+
+
+def _turns(op: conv.ConvTranspose2d, d: int, taps: int) -> int:
+    """How many taps of the kernel can reach one result element: with a stride, one in so many."""
+    return -(-taps // op.stride[d]) if op.dilation[d] == 1 else taps
+
+
+def _source(op: conv.ConvTranspose2d, d: int, at: Any, turn: Any, size: int, taps: int) -> tuple[Value, Value, Value]:
+    """For one of those taps: whether it reaches an element of x, the tap, and the element's position; both made harmless."""
+    at, stride = as_int(at + op.padding[d]), op.stride[d]
+    tap = as_int(at % stride + turn * stride if op.dilation[d] == 1 else turn)
+    source = at - tap * op.dilation[d]
+    inside = tirx.And(within(source, (size - 1) * stride + 1), tirx.EQ(source % stride, 0))
+    return tirx.And(inside, tap < taps), clamp(tap, taps), clamp(source // stride, size)
 
 
 @by_lane

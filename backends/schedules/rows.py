@@ -23,11 +23,11 @@ from paring.backends.schedules.elementwise import mergeable, pieces, work_ns
 from paring.backends.targets import Target
 from paring.backends.vecmath import bind, cast, full
 from paring.ir.graph import Graph, Node
-from paring.ir.ops import norm, reduce, scan, shape
+from paring.ir.ops import norm, pool, reduce, scan, shape
 from paring.ir.ops.core import Const, Input
 
 NORMS = (norm.LayerNorm, norm.RmsNorm, norm.GroupNorm)
-REDUCTIONS = (reduce.Sum, reduce.Mean, reduce.Max, reduce.Min)
+REDUCTIONS = (reduce.Sum, reduce.Mean, reduce.Max, reduce.Min, pool.AdaptiveAvgPool2d)
 ANCHORS = (*NORMS, norm.Softmax, *REDUCTIONS, reduce.ArgMax, scan.CumSum)
 # Scratch memory of a row, bytes; longer rows are read again from their source.
 ROW_BYTES = 128 * 1024
@@ -129,6 +129,8 @@ def view_of(body: Graph, anchor: Node) -> View | None:
 
 def _axes(anchor: Node) -> tuple[int, ...]:
     op, rank = anchor.op, anchor.inputs[0].type.rank
+    if isinstance(op, pool.AdaptiveAvgPool2d):
+        return (2, 3) if op.size == (1, 1) else ()
     if isinstance(op, norm.LayerNorm | norm.RmsNorm):
         return tuple(range(rank - anchor.inputs[1].type.rank, rank))
     return op.axes if isinstance(op, reduce.Reduction) else (op.axis,)
@@ -388,7 +390,7 @@ def _reduction(row: Row) -> None:
         value = row.sweep(lambda s, i, ragged: row.read(s, i, ragged, start), lambda x, y: choose(x, y, True), start)
     else:
         value = row.sweep(lambda s, i, ragged: row.read(s, i, ragged, 0.0), _add, 0.0)
-        if isinstance(op, reduce.Mean):
+        if isinstance(op, reduce.Mean | pool.AdaptiveAvgPool2d):
             value = value / full(value, row.view.count)
     row.write(_reduced_index(row), lambda _, v: v, value)
 

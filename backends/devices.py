@@ -15,7 +15,7 @@ from tvm import relax
 
 from paring.backends.artifact import load
 from paring.backends.build import Built, buffer_shape
-from paring.backends.emulator import Emulator, EmulatorError
+from paring.backends.emulator import Emulator
 from paring.backends.runtime import Executable, Network
 from paring.backends.targets import Target, missing_flags
 from paring.ir.errors import ArgumentError, TargetError
@@ -84,7 +84,7 @@ class _RpcModule:
 def _on_device(work: Callable[[], R]) -> R:
     try:
         return work()
-    except (EmulatorError, RuntimeError, OSError) as error:
+    except (RuntimeError, OSError) as error:
         raise TargetError("the device failed", why=str(error)) from error
 
 

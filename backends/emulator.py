@@ -22,7 +22,6 @@ The sequence that runs a Relax VM executable over RPC (`Emulator.load` does it; 
     outputs = machine.get_outputs("main")    # a tensor, or a tuple of what these may be: .numpy() each
 
 Calling `machine["main"](...)` works as well, but only for a single tensor: a tuple comes back as an opaque reference.
-A PrimFunc made by `te.create_prim_func` is called "main": give it another `global_symbol` beside a Relax `main`.
 """
 
 from __future__ import annotations
@@ -51,6 +50,8 @@ import filelock
 import numpy as np
 import platformdirs
 from numpy.typing import NDArray
+
+from paring.ir.errors import TargetError
 
 QEMU = "qemu-aarch64"
 COMPILER = "aarch64-linux-gnu-g++"
@@ -149,7 +150,7 @@ int main(int argc, char** argv) try {
 """
 
 
-class EmulatorError(Exception):
+class EmulatorError(TargetError):
     """The emulated device cannot be had, or what ran on it failed: says what, why and what to do."""
 
 

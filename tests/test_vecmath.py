@@ -95,9 +95,9 @@ def test_errors_over_dense_sweeps(target: object) -> None:
             want = FUNCTIONS[name][1](x.astype(np.float64))
         got = result.numpy()
         finite = np.abs(want) <= np.finfo(np.float32).max
-        np.testing.assert_array_equal(got[~finite], want[~finite].astype(np.float32), err_msg=name)
-        error = np.abs(got.astype(np.float64) - want) / spacing_of(x if name == "gelu" else want)
-        worst[name] = float(error[finite].max())
+        assert np.isinf(got[~finite]).all(), name
+        scale = x if name == "gelu" else want
+        worst[name] = float((np.abs(got[finite] - want[finite]) / spacing_of(scale[finite])).max())
     print(worst)
     too_far = {name: error for name, error in worst.items() if error > FUNCTIONS[name][3]}
     assert not too_far, f"{too_far} of {worst}"

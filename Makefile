@@ -35,7 +35,7 @@ test: $(VENV)/dev lint types  ## all tests
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --exclude "*.md" .
 
 types: $(VENV)/dev
 	$(BIN)/python -m paring.bench.typecheck

@@ -210,7 +210,17 @@ class Kernel:
         total = int(np.prod(extents)) if len(extents) else 1
         kind = "parallel" if work >= SERIAL_BELOW_NS and total > 1 else "serial"
         with self.loop(total, kind) as flat:
-            yield unflatten(flat, extents)
+            yield tuple(self.opaque(component) for component in unflatten(flat, extents))
+
+    def opaque(self, value: Scalar) -> Scalar:
+        """An index that TVM's simplifier cannot look into: LLVM turns it back into a register.
+
+        Given `v % 16 // 8` beside `(v % 8 + 1) % 2`, tvm 0.27 writes `(v + 1) % 16 // 8` for the former.
+        """
+        if isinstance(value, int):
+            return value
+        flipped = T.call_llvm_pure_intrin("int32", "llvm.bitreverse", value)
+        return T.bind(T.call_llvm_pure_intrin("int32", "llvm.bitreverse", flipped))
 
     def local(self, elements: int, dtype: str) -> Any:
         """Scratch memory of this thread: registers when every offset is constant, else the stack; the heap from 1 KiB on."""

@@ -35,8 +35,8 @@ class Threads:
         self.lock = threading.Lock()
         self.helper: ThreadPoolExecutor | None = None
         os.environ["TVM_NUM_THREADS"] = str(self.most)
-        # Workers tied to cores would wait for whatever else runs there, the other pool's workers first of all.
-        os.environ.setdefault("TVM_BIND_THREADS", "0")
+        # Free workers were seen to share the caller's core for seconds while another one was idle.
+        os.environ.setdefault("TVM_BIND_THREADS", "1")
 
     def run(self, work: Callable[[], R]) -> R:
         """`work()` on a thread that may call TVM, with the pool set up."""
@@ -50,8 +50,9 @@ class Threads:
     def _configured(self, work: Callable[[], R]) -> R:
         if getattr(self.local, "count", 0) != self.count:
             self.local.count = self.count
-            # Mode 1: on the fastest cores of the machine.
-            tvm.get_global_func("runtime.config_threadpool")(1, self.count)
+            # Mode -2: a core for each worker, of those that this process may use; the calling thread stays free.
+            cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+            tvm.get_global_func("runtime.config_threadpool")(-2, self.count, (cores * self.count)[: self.count])
         return work()
 
 

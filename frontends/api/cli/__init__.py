@@ -196,4 +196,3 @@ def main() -> None:
     except KeyboardInterrupt:
         stderr().print(plain("interrupted"))
         sys.exit(INTERRUPTED)
-

@@ -1,0 +1,157 @@
+"""The public face: what a user of `paring.compile` relies on."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tvm")
+
+import torch
+
+import paring
+from paring import errors
+from paring.bench.networks import small_mobilenet, small_resnet
+
+
+def test_importing_is_quick_and_brings_in_neither_torch_nor_tvm() -> None:
+    code = "import sys, time; t = time.perf_counter(); import paring; s = time.perf_counter() - t"
+    code += "; print(s, 'torch' in sys.modules, 'tvm' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert float(out[0]) < 0.3
+    assert out[1:] == ["False", "False"]
+
+
+def test_a_network_compiled_without_inputs_has_a_version_for_each_signature() -> None:
+    model, (x,) = small_resnet()
+    net = paring.compile(model)
+    with pytest.raises(errors.InputError, match="not compiled yet"):
+        _ = net.ledger
+    for batch in (1, 3):
+        images = torch.randn(batch, *x.shape[1:])
+        torch.testing.assert_close(net(images), model(images))
+    assert "2 version(s)" in repr(net)
+    start = time.perf_counter()
+    net(x)
+    assert time.perf_counter() - start < 1
+
+
+def test_torch_in_torch_out_and_numpy_in_numpy_out() -> None:
+    model, (x,) = small_resnet()
+    net = paring.compile(model, x)
+    assert isinstance(net(x), torch.Tensor)
+    found = net(x.numpy())
+    assert isinstance(found, np.ndarray)
+    assert np.array_equal(found, net(x).numpy())
+
+
+def test_saved_networks_run_in_another_process(tmp_path: Path) -> None:
+    model, (x,) = small_mobilenet()
+    net = paring.compile(model, (x,))
+    path = net.save(tmp_path / "net.paring")
+    np.save(tmp_path / "x.npy", x.numpy())
+    code = f"""
+import numpy as np, paring
+net = paring.load({str(path)!r})
+np.save({str(tmp_path / "y.npy")!r}, net(np.load({str(tmp_path / "x.npy")!r})))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert np.array_equal(np.load(tmp_path / "y.npy"), net(x).numpy())
+    again = paring.load(path, rebuild=True)
+    assert np.array_equal(again(x).numpy(), net(x).numpy())
+    assert str(again.ledger.contract) == net.contract
+
+
+def test_compiling_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    model, args = small_mobilenet()
+    first, second = (paring.compile(model, args) for _ in range(2))
+    assert first.ir() == second.ir()
+    one, two = first.save(tmp_path / "a.paring"), second.save(tmp_path / "b.paring")
+    for name in ("manifest.json", "graph.ir", "weights.safetensors", "lib.so", "report.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_dumps_have_each_changed_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, args = small_resnet()
+    monkeypatch.setenv("PARING_DUMP", str(tmp_path / "dump"))
+    net = paring.compile(model, args, target="reference", pipeline="canonicalize, fold-bn, fuse")
+    files = sorted(p.name for p in (tmp_path / "dump").iterdir())
+    assert files[0] == "000_import.ir"
+    assert "002_fold-bn.ir" in files
+    assert json.loads((tmp_path / "dump" / "ledger.json").read_text())["contract"] == net.contract
+    assert net.ir(after="import") != net.ir(after="fold-bn")
+    with pytest.raises(errors.ArgumentError, match="no pass 'layout'"):
+        net.ir(after="layout")
+
+
+def test_the_metric_goes_into_the_ledger() -> None:
+    model, (x,) = small_resnet()
+    label = int(model(x).argmax())
+    net = paring.compile(model, (x,), target="reference", pipeline="fold-bn", metric=lambda f: float(int(f(x).argmax()) == label))
+    assert [entry.metric for entry in net.ledger.entries] == [1.0]
+
+
+def test_profile_shows_where_time_goes_and_where_it_comes_from() -> None:
+    model, args = small_resnet()
+    profile = paring.compile(model, args).profile(*args, repeats=3)
+    plain = json.loads(json.dumps(profile.as_json()))
+    assert plain["threads"] == paring.get_num_threads()
+    convolutions = [row for row in plain["kernels"] if row["kind"] == "conv2d"]
+    assert len(convolutions) == 9
+    assert all("stages" in row["loc"] or "stem" in row["loc"] for row in convolutions)
+    assert "stages.0.conv1" in str(profile)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "hint"),
+    [
+        ({"target": "x68"}, errors.ArgumentError, "did you mean 'x86'"),
+        ({"target": 3}, errors.ArgumentError, "known"),
+        ({"passes": "fold-bm"}, errors.ArgumentError, "did you mean 'fold-bn'"),
+        ({"passes": "layout{blok=8}"}, errors.ArgumentError, "did you mean 'block'"),
+        ({"passes": "layout{block='x'}"}, errors.ArgumentError, ""),
+        ({"passes": "layout{block=}"}, errors.ParseError, "layout{block=16}"),
+        ({"calibration": []}, errors.ArgumentError, ""),
+        ({"dump": "/proc/nowhere"}, errors.ArgumentError, ""),
+        ({"target": "arm", "device": "toaster"}, errors.ArgumentError, ""),
+    ],
+)
+def test_bad_arguments_say_what_to_do(options: dict[str, object], error: type[Exception], hint: str) -> None:
+    model, args = small_resnet()
+    with pytest.raises(error) as caught:
+        paring.compile(model, args, **{"target": "reference", **options})
+    assert hint in str(caught.value)
+
+
+def test_a_foreign_target_without_a_device_can_be_saved_but_not_called() -> None:
+    from paring.backends import emulator
+
+    if any("g++" in lack for lack in emulator.missing()):
+        pytest.skip("no cross compiler for ARM")
+    model, args = small_resnet()
+    net = paring.compile(model, args, target="arm")
+    with pytest.raises(errors.TargetError, match="emulator"):
+        net(*args)
+
+
+def test_not_a_model() -> None:
+    with pytest.raises(errors.ArgumentError, match="is not a model"):
+        paring.compile(42, (np.zeros(3),), target="reference")
+
+
+def test_networks_are_not_pickled_and_not_called_after_close() -> None:
+    model, args = small_resnet()
+    net = paring.compile(model, args)
+    with pytest.raises(errors.ArgumentError, match="save"):
+        pickle.dumps(net)
+    net.close()
+    with pytest.raises(errors.ParingError, match="closed"):
+        net(*args)

@@ -1,0 +1,98 @@
+"""The stage matrix: the same programs interpreted at every stage, compiled for each target this host runs, saved, loaded, and
+run on the emulated ARM; small integers, so every result has the same bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm")
+
+import paring
+from paring.backends import emulator
+from paring.backends.targets import TARGETS, missing_flags
+from paring.ir import Graph, interpret
+from paring.ir.op import Array
+from paring.testing import random_graph, random_inputs
+
+HOST = [name for name, target in TARGETS.items() if name != "reference" and not missing_flags(target)]
+PROGRAMS = 25
+NODES = 12
+
+
+def programs(count: int, seed: int) -> list[tuple[Graph, list[Array]]]:
+    """Random graphs whose every sum is exact, with inputs."""
+    rng = np.random.default_rng(seed)
+    graphs = [random_graph(rng, NODES, exact=True) for _ in range(count)]
+    return [(graph, list(random_inputs(graph, rng, exact=True))) for graph in graphs]
+
+
+def assert_same_values(found: list[Array], expected: list[Array], where: str) -> None:
+    """Equal values; zeros may differ in sign, since compiled sums start from their bias or from 0."""
+    for position, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.dtype == b.dtype, where
+        assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), f"output {position} of {where}"
+
+
+def call(net: paring.Network, arrays: list[Array]) -> list[Array]:
+    outputs = net(*arrays)
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+@pytest.mark.parametrize("target", HOST)
+def test_compiled_programs_have_the_bits_of_the_reference(target: str, tmp_path: Path) -> None:
+    for number, (graph, arrays) in enumerate(programs(PROGRAMS, 1)):
+        expected = interpret(graph, arrays)
+        with paring.compile(graph, target=target) as net:
+            assert_same_values(call(net, arrays), expected, f"program {number}\n{net.ir()}")
+            if number % 5 == 0:
+                path = net.save(tmp_path / f"{number}.paring")
+                with paring.load(path) as again:
+                    assert_same_values(call(again, arrays), expected, f"program {number}, saved and loaded")
+
+
+def test_every_stage_of_a_pipeline_runs() -> None:
+    for graph, arrays in programs(5, 2):
+        expected = interpret(graph, arrays)
+        net = paring.compile(graph, target="x86-avx2" if "x86-avx2" in HOST else HOST[0])
+        for name, stage in net._only().result.stages:
+            assert_same_values(interpret(stage, arrays), expected, name)
+        # A stage that is not the last one compiles too: nodes outside regions are kernels of their own.
+        plain = paring.compile(graph, target="native", pipeline="canonicalize, const-fold")
+        assert_same_values(call(plain, arrays), expected, "unfused")
+
+
+needs_arm = pytest.mark.skipif(bool(emulator.missing()), reason=f"no emulated ARM: {', '.join(emulator.missing())}")
+
+
+@needs_arm
+def test_emulated_arm_has_the_bits_of_the_reference() -> None:
+    for number, (graph, arrays) in enumerate(programs(PROGRAMS, 3)):
+        with paring.compile(graph, target="arm", device="emulator") as net:
+            assert_same_values(call(net, arrays), interpret(graph, arrays), f"program {number}\n{net.ir()}")
+
+
+@needs_arm
+@pytest.mark.parametrize("name", ["small_resnet", "small_mobilenet"])
+def test_networks_on_emulated_arm_agree_with_the_reference(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from paring.backends.artifact import load as read
+    from paring.bench import networks
+    from paring.frontends.oracle import reference
+
+    model, args = getattr(networks, name)()
+    net = paring.compile(model, args, target="arm", device="emulator")
+    expected = reference(model, args)
+    (single,), (double,) = expected.single, expected.double
+    ulp = np.spacing(np.float32(np.abs(double).max()))
+    assert np.abs(net(*args).numpy() - double).max() <= 3 * np.abs(single - double).max() + ulp
+    # The artifact is for ARM, loads where a device is given, and is refused where there is none.
+    path = net.save(tmp_path / "net.paring")
+    assert read(path, device="emulator").manifest.target.arch == "aarch64"
+    again = paring.load(path, device="emulator")
+    assert np.array_equal(again(*args).numpy(), net(*args).numpy())
+    with pytest.raises(paring.errors.ArtifactError):
+        paring.load(path)

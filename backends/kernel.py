@@ -19,7 +19,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from paring.backends.targets import Target
-from paring.ir.errors import InternalError
+from paring.ir.errors import InternalError, TargetError
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.core import Const
 from paring.ir.ops.shape import Transpose
@@ -210,7 +210,11 @@ class Kernel:
         total = int(np.prod(extents)) if len(extents) else 1
         kind = "parallel" if work >= SERIAL_BELOW_NS and total > 1 else "serial"
         with self.loop(total, kind) as flat:
-            yield tuple(self.opaque(component) for component in unflatten(flat, extents))
+            yield self.components(flat, extents)
+
+    def components(self, flat: Scalar, extents: Sequence[int]) -> tuple[Scalar, ...]:
+        """The components of a row-major position, safe to compute indices with."""
+        return tuple(self.opaque(component) for component in unflatten(flat, extents))
 
     def opaque(self, value: Scalar) -> Scalar:
         """An index that TVM's simplifier cannot look into: LLVM turns it back into a register.
@@ -251,6 +255,9 @@ def build_primfunc(
     body: Graph, target: Target, name: str, lowerings: dict[type, Lowering], emit: Callable[[Kernel], None]
 ) -> tirx.PrimFunc:
     """A PrimFunc over flat buffers, one for each input of the body in order, then the output."""
+    largest = max((node.type for node in (*body.inputs, *body.outputs)), key=lambda t: t.size)
+    if largest.size >= 1 << 31:
+        raise TargetError(f"a tensor {largest} has 2^31 elements or more", why="kernels count in 32 bits", hint="split it")
     kernel = Kernel(body, target, lowerings)
     with IRBuilder() as builder, T.prim_func():
         T.func_name(name)

@@ -13,16 +13,13 @@ import numpy as np
 
 from paring.ir.graph import Graph, Node, rebuild
 from paring.ir.op import Array
-from paring.ir.ops.binary import Binary, Where
+from paring.ir.ops import ELEMENTWISE
 from paring.ir.ops.core import Const, Input, Region
 from paring.ir.ops.shape import Broadcast, Reshape
-from paring.ir.ops.unary import Cast, Unary
 from paring.ir.types import DTYPES
 
 # What TVM's kernels assume of the buffers they are given.
 ALIGNMENT = 64
-
-ELEMENTWISE = (Unary, Cast, Binary, Where)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ TARGETS: dict[str, Target] = {
             registers=32,
             block=8,
             l1=64 * 1024,
+            needs=("asimddp", "asimdhp", "atomics"),
             device="",
             linker="aarch64-linux-gnu-g++",
             linker_package="g++-aarch64-linux-gnu",
@@ -128,13 +129,16 @@ def resolve(name: str) -> Target:
     for candidate in ALIASES[name]:
         if not missing_flags(TARGETS[candidate]):
             return for_host(TARGETS[candidate])
-    # An x86 without AVX2, or a foreign host: the least demanding entry can still be built and saved.
-    return TARGETS[ALIASES[name][-1]]
+    # A foreign host: the least demanding entry can still be built where there is a linker, and saved.
+    here = [candidate for candidate in ALIASES[name] if TARGETS[candidate].arch == host_arch()]
+    return for_host(TARGETS[(here or ALIASES[name])[-1]])
 
 
 def for_host(target: Target) -> Target:
-    """The target with this host's core count where the host can run it, and run natively where it is the host's own."""
+    """The target with this host's core count and linker where the host can run it, else as one that runs elsewhere."""
+    if target.arch == host_arch():
+        target = replace(target, linker="", linker_package="")
     if missing_flags(target):
-        return target if target.arch != host_arch() else replace(target, device="")
+        return replace(target, device="")
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     return replace(target, cores=cores, device="host")

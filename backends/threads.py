@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import psutil
@@ -34,9 +35,11 @@ class Threads:
         self.local = threading.local()
         self.lock = threading.Lock()
         self.helper: ThreadPoolExecutor | None = None
-        os.environ["TVM_NUM_THREADS"] = str(self.most)
-        # Free workers were seen to share the caller's core for seconds while another one was idle.
-        os.environ.setdefault("TVM_BIND_THREADS", "1")
+        # A forked child has none of its parent's threads.
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self.helper, self.lock, self.local = None, threading.Lock(), threading.local()
 
     def run(self, work: Callable[[], R]) -> R:
         """`work()` on a thread that may call TVM, with the pool set up."""
@@ -50,10 +53,27 @@ class Threads:
     def _configured(self, work: Callable[[], R]) -> R:
         if getattr(self.local, "count", 0) != self.count:
             self.local.count = self.count
-            # Mode -2: a core for each worker, of those that this process may use; the calling thread stays free.
+            # Mode -2: a core for each worker, of those that this process may use; the calling thread stays free. Free
+            # workers were seen to share the caller's core for seconds while another one was idle.
             cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
-            tvm.get_global_func("runtime.config_threadpool")(-2, self.count, (cores * self.count)[: self.count])
+            with _environment(TVM_NUM_THREADS=str(self.most), TVM_BIND_THREADS="1"):
+                tvm.get_global_func("runtime.config_threadpool")(-2, self.count, (cores * self.count)[: self.count])
         return work()
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """TVM reads these when it makes a pool, and only then: child processes must not take them for the user's wish."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 THREADS = Threads()

@@ -287,7 +287,8 @@ def _circular(x: Value, quarter: int, precise: Callable[[Value], Value]) -> Valu
         lanes //= 2
         low, high = (tirx.Shuffle([furthest], [tirx.const(start + i, "int32") for i in range(lanes)]) for start in (0, lanes))
         low, high = bind(low), bind(high)
-        furthest = bind(tirx.Select(low > high, low, high))
+        # A comparison with NaN is false: without the second test a NaN would hide a larger lane.
+        furthest = bind(tirx.Select(tirx.Or(low > high, tirx.isnan(high)), low, high))
     with T.If(cast(furthest, "float32") < tirx.const(_FAR, "float32")):
         with T.Then():
             T.buffer_store(register, _circular_near(x, quarter), [where])

@@ -64,10 +64,16 @@ def arg_extreme(sign: int, b: Builder, x: Node, axis: int | None = None, keepdim
     """argmax, and argmin as argmax of the negated."""
     flat = b.reshape(x, (x.type.size,)) if axis is None or not x.type.rank else x
     flat = b.cast(flat, "int32") if flat.type.dtype in ("bool", "uint8") else flat
-    flat = b.node(un.Neg(), flat) if sign < 0 else flat
+    flat = _reversed(b, flat) if sign < 0 else flat
     axis = 0 if axis is None else axis_of(axis, flat.type.rank)
     found = b.node(rd.ArgMax(axis, keepdim and flat.type.rank == x.type.rank), flat)
     return b.reshape(found, b.type.shape)
+
+
+def _reversed(b: Builder, x: Node) -> Node:
+    """In the opposite order; -x - 1 for integers, since the least one has no negative."""
+    negative = b.node(un.Neg(), x)
+    return negative if x.type.is_float else b.node(bi.Sub(), negative, b.full(x.type.shape, 1, x.type.dtype))
 
 
 def extreme_with_index(sign: int, b: Builder, x: Node, axis: int, keepdim: bool = False) -> tuple[Node, Node]:

@@ -203,7 +203,7 @@ class Importer:
 
 def _harmless(name: str, args: Sequence[Any]) -> bool:
     """Gradient mode never matters here; autocast does not where it is off."""
-    return name.endswith("set_grad_enabled") or False in args[:4]
+    return name.endswith("set_grad_enabled") or any(a is False for a in args[2:3])
 
 
 def _flat(value: Any) -> list[Any]:

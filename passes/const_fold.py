@@ -41,11 +41,12 @@ class ConstFold(Pass):
             empty = new.type.size == 0 or (bool(inputs) and all(operand.type.size == 0 for operand in inputs))
             if not known and not empty:
                 return new
+            repeats = isinstance(new.op, Broadcast) and not empty
+            if not repeats and new.type.bytes > max(self.limit, sum(_held(i) for i in inputs)):
+                return new
             value = evaluate(new, [values[i] if i in values else _zeros(i) for i in inputs])
-            if isinstance(new.op, Broadcast):
+            if repeats:
                 values[new] = value
-                return new if not empty else _fold(new, value, context, values)
-            if new.type.bytes > max(self.limit, sum(_held(i) for i in inputs)):
                 return new
             return _fold(new, value, context, values)
 

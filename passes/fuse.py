@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Op
-from paring.ir.ops import attention, conv, index, linear, norm, pool, reduce, scan, shape, unary
-from paring.ir.ops.binary import Binary, Where
+from paring.ir.ops import ELEMENTWISE, attention, conv, index, linear, norm, pool, reduce, scan, shape
 from paring.ir.ops.core import Const, Input, Region
 from paring.passes.base import Pass
 from paring.passes.rewriter import Context
 
-ELEMENTWISE: tuple[type[Op], ...] = (unary.Unary, unary.Cast, Binary, Where)
 MOVEMENT: tuple[type[Op], ...] = (
     shape.Transpose,
     shape.Slice,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from paring.ir import Graph, constants, show
-from paring.ir.errors import ArgumentError, ParingError
+from paring.ir import Graph, constants, same, show
+from paring.ir.errors import ArgumentError, InternalError, ParingError
 from paring.ir.verify import verify
 from paring.passes.base import Pass
 from paring.passes.ledger import Entry, Ledger, measure
@@ -58,6 +58,9 @@ def run_pipeline(
         after = _run_one(transformation, graph, context, step)
         fuel = context.fuel
         changed = after is not graph and bool(context.rewrites)
+        if after is not graph and not changed and not same(after, graph):
+            what = f"pass {transformation.name} changed the program without spending fuel"
+            raise InternalError(what, hint="call context.spend(rule, node) before each change")
         after = after if changed else graph
         new_size = measure(after) if changed else size
         seconds = time.perf_counter() - start

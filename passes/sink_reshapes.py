@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paring.ir.graph import Node
-from paring.ir.ops import binary, linear, shape, unary
+from paring.ir.ops import ELEMENTWISE, linear, shape
 from paring.passes.base import Pass
 from paring.passes.contract import Exact
 from paring.passes.pattern import Match, Rule, any_, op
 
-ELEMENTWISE = (unary.Unary, unary.Cast, binary.Binary, binary.Where)
 # Kernels that take an elementwise epilogue, and such an epilogue itself.
 PRODUCTS = (linear.Linear, linear.Matmul)
 

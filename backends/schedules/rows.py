@@ -15,7 +15,7 @@ from typing import Any
 from tvm import tirx
 
 from paring.backends import vecmath as vm
-from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, as_int, constant, splat, unflatten
+from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, as_int, constant, splat
 from paring.backends.lowerings.loops import CHAIN, accumulator, greater, horizontal, lesser
 from paring.backends.lowerings.reduce import inverse_deviation
 from paring.backends.scalar import SCALARS
@@ -248,7 +248,7 @@ class Row:
             kernel.store(register, where, combine(kernel.load(register, where), bind(value)))
 
         with kernel.loop(prod(self.view.segments)) as flat:
-            segment = unflatten(flat, self.view.segments)
+            segment = self.kernel.components(flat, self.view.segments)
             groups = self.whole // self.unroll
             if groups:
                 join(self._chain(groups, lambda i: self._group(segment, i, visit, combine), combine, start))
@@ -288,7 +288,7 @@ class Row:
         """Write the anchor's elements: `result(index, element of the row)` gives each vector."""
         kernel = self.kernel
         with kernel.loop(prod(self.view.segments)) as flat:
-            segment = unflatten(flat, self.view.segments)
+            segment = self.kernel.components(flat, self.view.segments)
             if self.whole:
                 with kernel.loop(self.whole) as i:
                     self.write(self.index(segment, i), result, bind(self.again(segment, i, False, fill)))

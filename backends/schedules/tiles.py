@@ -12,12 +12,12 @@ from tvm.script.ir_builder import tirx as T
 from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, splat
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
-from paring.ir.ops.binary import Add, Binary, Maximum, Minimum, Mul, Sub, Where
+from paring.ir.ops import ELEMENTWISE
+from paring.ir.ops.binary import Add, Maximum, Minimum, Mul, Sub, Where
 from paring.ir.ops.core import Const, Input
 from paring.ir.ops.shape import Broadcast
-from paring.ir.ops.unary import Abs, Cast, Clamp, HardSigmoid, HardSwish, LeakyRelu, Neg, Relu, Unary
+from paring.ir.ops.unary import Abs, Cast, Clamp, HardSigmoid, HardSwish, LeakyRelu, Neg, Relu
 
-ELEMENTWISE = (Unary, Binary, Where)
 # Ops of a few instructions, and those that are no instructions at all.
 CHEAP = (
     Relu,
@@ -41,9 +41,13 @@ CHEAP = (
 
 
 def takes_epilogue(body: Graph, anchor: Node) -> bool:
-    """Whether the body is the anchor on inputs of the body, followed by elementwise ops of the anchor's shape."""
+    """Whether the body is the anchor on inputs of the body, followed by elementwise ops of the anchor's shape.
+
+    A bias of one element may be a constant inside the body.
+    """
     inputs = set(body.inputs)
-    if len(body.outputs) != 1 or any(operand not in inputs for operand in anchor.inputs):
+    read = [operand for operand in anchor.inputs if not isinstance(operand.op, Const) or operand in anchor.inputs[:2]]
+    if len(body.outputs) != 1 or any(operand not in inputs for operand in read):
         return False
     behind = {anchor}
     for node in body.nodes():

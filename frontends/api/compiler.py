@@ -119,7 +119,7 @@ def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imp
     if isinstance(model, torch.export.ExportedProgram):
         return torch_export.import_program(model)
     if isinstance(model, torch.fx.GraphModule):
-        return torch_fx.import_fx(model, args)
+        return torch_fx.import_fx(model, args, kwargs)
     if isinstance(model, torch.nn.Module):
         return torch_export.import_model(model, args, kwargs)
     hint = "a torch.nn.Module, torch.export.ExportedProgram, torch.fx.GraphModule or paring.ir.Graph"

@@ -23,4 +23,7 @@ ALL: tuple[type[Op], ...] = (
     *(resize.Resize, scan.CumSum, attention.ScaledDotProductAttention),
 )
 
+# One result element from one element of each operand, all of one shape.
+ELEMENTWISE: tuple[type[Op], ...] = (unary.Unary, unary.Cast, binary.Binary, binary.Where)
+
 OPS: dict[str, type[Op]] = {op.name: op for op in ALL}

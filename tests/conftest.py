@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ GRAPHS_IN_A_PART = 64
 
 # `python -m pytest` puts the root on the path, where a bare `import ir` would load a second copy of the package.
 sys.path[:] = [str(TESTS), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, TESTS))]
+
+# Started in the background, a shell's children ignore Ctrl-C, and so would theirs: what is caught here is reset there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("ci")

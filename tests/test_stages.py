@@ -94,5 +94,5 @@ def test_networks_on_emulated_arm_agree_with_the_reference(name: str, tmp_path: 
     assert read(path, device="emulator").manifest.target.arch == "aarch64"
     again = paring.load(path, device="emulator")
     assert np.array_equal(again(*args).numpy(), net(*args).numpy())
-    with pytest.raises(paring.errors.ArtifactError):
+    with pytest.raises(paring.errors.TargetError, match="emulator"):
         paring.load(path)

@@ -40,10 +40,11 @@ Taps = tuple[range, ...]  # for each kernel column the columns of a tile that it
 
 @dataclass(frozen=True)
 class ConvKnobs:
-    """A register tile of at most `columns` x `blocks` vectors."""
+    """A register tile of at most `columns` x `blocks` vectors; with `pixels_first` all channels of a tile's pixels in turn."""
 
     columns: int
     blocks: int
+    pixels_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ def knobs(node: Node, target: Target) -> ConvKnobs:
     columns = min(columns, shape.out_width)
     # An image of a few pixels gives too few sums of its own.
     blocks = max(blocks, -(-CHAINS // columns)) if columns * 2 <= CHAINS else blocks
-    return ConvKnobs(columns, min(blocks, shape.out_blocks))
+    # An image larger than the cache is read once where the weights stay in it, not once for each block of channels.
+    image, weight = (operand.type.bytes for operand in node.inputs[:2])
+    pixels_first = weight <= target.l2 // 2 and image > target.l2 and shape.images == 1
+    return ConvKnobs(columns, min(blocks, shape.out_blocks), pixels_first)
 
 
 def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
@@ -137,6 +141,7 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
     channels = runs(balanced(shape.out_blocks, knobs.blocks))
     # Channels before pixels: the weights of a tile stay in the cache while they are used. Large ones serve all images at once.
     order = (1, 2, 0, 3, 4) if anchor.inputs[1].type.size * shape.images > anchor.inputs[0].type.size else (0, 1, 2, 3, 4)
+    order = (0, 1, 3, 4, 2) if knobs.pixels_first else order
     extents = (shape.images, shape.groups, tile_count(channels), shape.out_height, tile_count(columns))
     inner = order.index(2) + 1
     with kernel.parallel([extents[i] for i in order], duration(anchor)) as position:
@@ -193,7 +198,7 @@ class _Tile:
         low, high = kernel_rows(k, s, self.y)
         weights, slab = k.buffers[self.anchor.inputs[1]], s.in_blocks * s.kernel[0] * s.kernel[1] * s.block_in * s.block
         next_slab = (self.channel + self.blocks) * slab
-        ahead = Ahead.of(k, weights, next_slab, slab * self.blocks, self.turns * s.in_blocks)
+        ahead = Ahead.of(k, weights, next_slab, slab * self.blocks if self.turns > 1 else 0, self.turns * s.in_blocks)
         with k.loop(s.in_blocks) as ci:
             ahead.step(self.turn * s.in_blocks + ci)
             self._accumulate(ci, low, high)

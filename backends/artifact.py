@@ -63,9 +63,12 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
 class FileEntry(_Model):
     size: Count
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Digest
 
 
 class TensorSpec(_Model):
@@ -83,7 +86,10 @@ class Fingerprint(_Model):
     features: tuple[Name, ...]
     needs: tuple[Name, ...]
     lanes: Count
+    registers: Count
     block: Count
+    l1: Count
+    l2: Count
     cores: Count
 
 
@@ -94,6 +100,7 @@ class Manifest(_Model):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     structure: dict[str, JsonValue]
+    weights: tuple[Digest, ...]  # in the order in which the library's `main` takes them
     files: dict[Name, FileEntry]
 
 
@@ -173,6 +180,8 @@ def load(path: str | Path, rebuild: bool = False, device: str | None = None, pro
     else:
         _check_fit(manifest, target, contents[LIBRARY], device)
         built = Built(target, plan(graph), contents[LIBRARY])
+        if tuple(op.digest for op in built.plan.weights) != manifest.weights:
+            raise ArtifactError("this version would hand the weights over in another order", hint=_REBUILD)
     return Artifact(manifest, built, _report(contents[REPORT]))
 
 
@@ -192,6 +201,7 @@ def _manifest(built: Built, structure: Mapping[str, JsonValue], files: dict[str,
         inputs=_specs(built.graph.inputs),
         outputs=_specs(built.graph.outputs),
         structure=dict(structure),
+        weights=tuple(op.digest for op in built.plan.weights),
         files=files,
     )
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from paring.ir.graph import Node
-from paring.ir.ops import attention, binary, linear, norm, pool, reduce, shape
+from paring.ir.op import Array
+from paring.ir.ops import attention, binary, conv, linear, norm, pool, reduce, shape
 from paring.passes.base import Pass
 from paring.passes.contract import Close, Exact
 from paring.passes.pattern import Match, Rule, op
@@ -76,7 +77,47 @@ def spell_out_attention(m: Match) -> Node | None:
     return m.make(linear.Matmul(), m.make(norm.Softmax(3), scores), v)
 
 
+def transposed_conv_to_conv(m: Match) -> Node | None:
+    """conv_transpose2d(x, w, b) -> slice(reshape(transpose(reshape(conv2d(x, w', b'))))), one output channel for each phase
+
+    Result row q * stride + r is a sum over the taps r, r + stride, ... of the kernel: an ordinary convolution for each
+    phase r of the stride (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). Phases with
+    fewer taps are filled up with zeros, so the promise is for finite values.
+    """
+    layer, (x, weight, *bias) = m.root.op, m.root.inputs
+    assert isinstance(layer, conv.ConvTranspose2d)
+    if layer.dilation != (1, 1) or not all(is_const(node) for node in (weight, *bias)):
+        return m.decline("the taps are spread out, or the weights are not constant")
+    (n, _, h, w), (out, oh, ow) = x.type.shape, m.root.type.shape[1:]
+    (sh, sw), groups = layer.stride, layer.groups
+    taps = [-(-k // s) for k, s in zip(weight.type.shape[2:], layer.stride, strict=True)]
+    turns = [-(-(o + p) // s) for o, p, s in zip((oh, ow), layer.padding, layer.stride, strict=True)]
+    padding = [(t - 1, q - size) for t, q, size in zip(taps, turns, (h, w), strict=True)]
+    if min(map(min, padding)) < 0:
+        return m.decline("the padding cuts off whole elements of x")
+    op = conv.Conv2d(padding=(padding[0], padding[1]), groups=groups)
+    phases = _phases(const_value(weight), groups, layer.stride, (taps[0], taps[1]))
+    biases = [constant(np.repeat(const_value(b), sh * sw), b.loc) for b in bias]
+    y = m.make(op, x, constant(phases, weight.loc), *biases)
+    split = m.make(shape.Reshape((n, out, sh, sw, turns[0], turns[1])), y)
+    woven = m.make(shape.Transpose((0, 1, 4, 2, 5, 3)), split)
+    whole = m.make(shape.Reshape((n, out, turns[0] * sh, turns[1] * sw)), woven)
+    (top, left) = layer.padding
+    return m.make(shape.Slice((0, 0, top, left), (n, out, top + oh, left + ow), (1, 1, 1, 1)), whole)
+
+
+def _phases(weight: Array, groups: int, stride: tuple[int, int], taps: tuple[int, int]) -> Array:
+    """(I, O/g, KH, KW) -> (O * SH * SW, I/g, TH, TW): the taps of each phase, last one first."""
+    i, per_group, kh, kw = weight.shape
+    full = np.zeros((i, per_group, taps[0] * stride[0], taps[1] * stride[1]), weight.dtype)
+    full[:, :, :kh, :kw] = weight
+    # (g, I/g, O/g, TH, SH, TW, SW): tap t of phase r is kernel row t * stride + r.
+    apart = full.reshape(groups, i // groups, per_group, taps[0], stride[0], taps[1], stride[1])[:, :, :, ::-1, :, ::-1, :]
+    return apart.transpose(0, 2, 4, 6, 1, 3, 5).reshape(-1, i // groups, *taps)
+
+
 RULES: tuple[Rule, ...] = (
+    Rule(op(conv.ConvTranspose2d), transposed_conv_to_conv, Exact()),
     Rule(op(pool.AdaptiveAvgPool2d), adaptive_pool_to_mean, Close(1)),
     Rule(op(pool.AdaptiveAvgPool2d), adaptive_pool_to_pool, Close(1)),
     Rule(op(pool.AvgPool2d), whole_pool_to_mean, Close(1)),

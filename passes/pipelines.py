@@ -30,8 +30,8 @@ PIPELINES: dict[str, tuple[str, ...]] = {
     "simplify": _SIMPLIFY,
     "blocked": (
         *_SIMPLIFY,
-        "decompose",
         "fold-bn",
+        "decompose",
         "sink-reshapes",
         "canonicalize",
         "const-fold",

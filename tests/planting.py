@@ -265,6 +265,15 @@ def whole_pool_to_mean(b: Builder) -> Node:
     return b.node(pool.AvgPool2d(x.type.shape[2:] if b.chance(0.8) else (2, 2), (1, 1)), x)
 
 
+def transposed_conv_to_conv(b: Builder) -> Node:
+    groups, stride, kernel = b.choose(1, 2), (b.choose(1, 2, 3), b.choose(1, 2)), (b.choose(2, 3, 4), b.choose(2, 3))
+    padding = (b.choose(0, 1), b.choose(0, 1))
+    extra = (b.choose(*range(stride[0])), b.choose(*range(stride[1])))
+    op = conv.ConvTranspose2d(stride, padding, extra, groups=groups)
+    operands = [b.input(b.choose(1, 2), 2 * groups, 3, 4), b.weights(2 * groups, 2, *kernel)]
+    return b.node(op, *operands, *([b.weights(2 * groups)] if b.chance(0.5) else []))
+
+
 def spell_out_pixel_shuffle(b: Builder) -> Node:
     return b.node(shape.PixelShuffle(2), b.input(1, b.choose(4, 8, 12), b.choose(1, 3), 2))
 
@@ -344,6 +353,7 @@ PLANTERS: dict[str, tuple[Plant, ...]] = {
     "adaptive-pool-to-mean": (adaptive_pool_to_mean,),
     "adaptive-pool-to-pool": (adaptive_pool_to_pool,),
     "whole-pool-to-mean": (whole_pool_to_mean,),
+    "transposed-conv-to-conv": (transposed_conv_to_conv,),
     "spell-out-pixel-shuffle": (spell_out_pixel_shuffle,),
     "spell-out-attention": (spell_out_attention,),
     "fold-packing": (fold_packing,),

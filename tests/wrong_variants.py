@@ -11,6 +11,7 @@ import numpy as np
 from paring.ir import Graph, Node, Region
 from paring.ir.ops import attention, binary, linear, norm, pack, pool, reduce, shape, unary
 from paring.ir.ops.core import Const
+from paring.passes import decompose
 from paring.passes.fold_bn import _axis, _scaled
 from paring.passes.pattern import Match
 from paring.passes.util import channel_values, const_value, constant
@@ -340,6 +341,27 @@ def takes_the_mean_of_any_pool(m: Match) -> Node | None:
     return m.make(shape.Broadcast(m.root.type.shape), mean)
 
 
+def _transposed(*, flip: bool = True, bias: bool = True, shift: int = 0) -> Rewrite:
+    """Of the right rewrite: the taps of a phase in their own order, no bias, or the phases woven in a row late."""
+
+    def transposed_conv_to_conv(m: Match) -> Node | None:
+        right = decompose.transposed_conv_to_conv(m)
+        if right is None:
+            return None
+        whole = right.inputs[0]
+        woven = whole.inputs[0]
+        split = woven.inputs[0]
+        layer = split.inputs[0]
+        x, weight, *rest = layer.inputs
+        value = weight.op.value if flip else np.ascontiguousarray(weight.op.value[:, :, ::-1, ::-1])
+        wrong = Node(layer.op, [x, Node(Const(value)), *(rest if bias else ())])
+        woven = woven.with_inputs([split.with_inputs([wrong])])
+        turned = Node(shape.Roll((shift,), (2,)), [whole.with_inputs([woven])]) if shift else whole.with_inputs([woven])
+        return right.with_inputs([turned])
+
+    return transposed_conv_to_conv
+
+
 def shuffles_in_another_order(m: Match) -> Node | None:
     r, (x,) = m.root.op.factor, m.root.inputs
     n, c, h, w = x.type.shape
@@ -454,6 +476,7 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
     "adaptive-pool-to-mean": (pools_the_greatest, adds_up_the_whole),
     "adaptive-pool-to-pool": (swaps_rows_and_columns_of_the_window,),
     "whole-pool-to-mean": (takes_the_mean_of_any_pool, adds_up_the_whole),
+    "transposed-conv-to-conv": (_transposed(flip=False), _transposed(bias=False), _transposed(shift=1)),
     "spell-out-pixel-shuffle": (shuffles_in_another_order,),
     "spell-out-attention": (_spelled_out(scale=False), _spelled_out(mask=False), _spelled_out(axis=2)),
     "fold-packing": (packs_reversed, pads_with_ones),

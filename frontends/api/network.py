@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,33 +173,39 @@ class Network:
             return self._versions[key]
 
 
-def call_key(*parts: Any) -> Any:
+def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What tells one specialisation from another: structure, shapes and dtypes of tensors, and the values of all else."""
-    return tuple(_key(part) for part in parts)
+    leaves, structure = flatten_call(args, kwargs)
+    return structure, tuple(_key(leaf) for leaf in leaves)
 
 
-def _key(value: Any) -> Any:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return ("tensor", tuple(value.shape), str(value.dtype).removeprefix("torch."), str(getattr(value, "device", "cpu")))
-    if isinstance(value, Mapping):
-        return (type(value).__name__, tuple((key, _key(item)) for key, item in value.items()))
-    if isinstance(value, tuple | list):
-        return (type(value).__name__, tuple(_key(item) for item in value))
-    return (type(value).__name__, repr(value))
+def _key(leaf: Any) -> Any:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."), str(getattr(leaf, "device", "cpu"))
+    return type(leaf).__name__, repr(leaf)
 
 
 def any_torch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call gives torch tensors, and so wants them back."""
-    pending = [*args, *kwargs.values()]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Mapping):
-            pending.extend(value.values())
-        elif isinstance(value, tuple | list):
-            pending.extend(value)
-        elif hasattr(value, "detach"):
-            return True
-    return False
+    return any(hasattr(leaf, "detach") for leaf in flatten_call(tuple(args), dict(kwargs))[0])
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], str]:
+    """The leaves of a call and its structure as text; any container that torch knows is looked into, once torch is there."""
+    if "torch" in sys.modules:
+        leaves, structure = sys.modules["torch"].utils._pytree.tree_flatten((args, kwargs))
+        return leaves, str(structure)
+    leaves = []
+    return leaves, repr(_shape_of((args, kwargs), leaves))
+
+
+def _shape_of(value: Any, leaves: list[Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _shape_of(item, leaves) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_shape_of(item, leaves) for item in value)
+    leaves.append(value)
+    return None
 
 
 def reference_call(graph: Graph, signature: Signature) -> Callable[..., Any]:

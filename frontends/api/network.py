@@ -203,7 +203,8 @@ def _shape_of(value: Any, leaves: list[Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: _shape_of(item, leaves) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_shape_of(item, leaves) for item in value)
+        items = [_shape_of(item, leaves) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     leaves.append(value)
     return None
 

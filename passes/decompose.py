@@ -82,7 +82,7 @@ def transposed_conv_to_conv(m: Match) -> Node | None:
 
     Result row q * stride + r is a sum over the taps r, r + stride, ... of the kernel: an ordinary convolution for each
     phase r of the stride (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). Phases with
-    fewer taps are filled up with zeros, so the promise is for finite values.
+    fewer taps are filled up with zeros: the promise is for finite values, and -0.0 may become 0.0.
     """
     layer, (x, weight, *bias) = m.root.op, m.root.inputs
     assert isinstance(layer, conv.ConvTranspose2d)
@@ -117,7 +117,7 @@ def _phases(weight: Array, groups: int, stride: tuple[int, int], taps: tuple[int
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(op(conv.ConvTranspose2d), transposed_conv_to_conv, Exact()),
+    Rule(op(conv.ConvTranspose2d), transposed_conv_to_conv, Close(1)),
     Rule(op(pool.AdaptiveAvgPool2d), adaptive_pool_to_mean, Close(1)),
     Rule(op(pool.AdaptiveAvgPool2d), adaptive_pool_to_pool, Close(1)),
     Rule(op(pool.AvgPool2d), whole_pool_to_mean, Close(1)),

@@ -64,7 +64,7 @@ class Fuse(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         groups = self._group(graph, context)
-        return _rebuild(graph, groups)
+        return _rebuild(graph, groups) if context.rewrites else graph
 
     def _group(self, graph: Graph, context: Context) -> dict[Node, _Group]:
         """From the outputs back: a node joins the group of its readers when it has no reader outside."""

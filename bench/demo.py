@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -83,7 +84,8 @@ def peers(model: nn.Module, x: torch.Tensor, inductor: bool) -> dict[str, Callab
 
         return run
 
-    systems = {"torch eager": guarded(model)}
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    systems = {"torch eager": guarded(model), "torch eager, channels last": guarded(last)}
     if inductor:
         import torch._inductor.config as config
 
@@ -103,9 +105,9 @@ def compile_with_progress(model: nn.Module, x: torch.Tensor, dump: Path | None =
 
 
 def show_race(title: str, times: dict[str, float]) -> None:
-    table = Table("system", "median ms", "Paring is faster by", title=title)
+    table = Table("system", "median ms", "its time / Paring's", title=title)
     for name, value in times.items():
-        table.add_row(name, f"{value:.3f}", "" if name == "Paring" else f"{value / times['Paring']:.2f} x")
+        table.add_row(name, f"{value:.3f}", "" if name == "Paring" else f"{value / times['Paring']:.2f}")
     console.print(table)
 
 
@@ -122,7 +124,9 @@ def main() -> None:
     console.rule("1. train a small residual CNN on scikit-learn's digits")
     images, labels, test_images, test_labels = digits()
     model = ResNet((1, 1, 1), (16, 32, 64), 10, channels=1, large=False)
+    start = time.perf_counter()
     train(model, images, labels, options.epochs)
+    console.print(f"{options.epochs} epochs in {time.perf_counter() - start:.1f} s")
     before = accuracy(model, test_images, test_labels)
 
     console.rule("2. compile it")
@@ -130,14 +134,14 @@ def main() -> None:
     net = compile_with_progress(model, x, options.dump)
     after = accuracy(net, test_images, test_labels)
     console.print(f"target {net.target.name}, {threads} threads. accuracy: torch {before:.2%}, compiled {after:.2%}")
-    console.print(net.ledger, highlight=False)
+    print(net.ledger)
     console.print(f"the program after each pass lies in {options.dump}: read 000_import.ir, then the others")
     show_race("the small CNN, one image", race({"Paring": lambda: net(x), **peers(model, x, not options.no_inductor)}))
 
     console.rule("3. ResNet-18 at 224x224, random weights")
     large, (image,) = resnet18()
     fast = compile_with_progress(large, image)
-    console.print(fast.profile(image))
+    print(fast.profile(image))
     show_race("ResNet-18, one image", race({"Paring": lambda: fast(image), **peers(large, image, not options.no_inductor)}))
     if before - after > 0.005:
         raise SystemExit("the compiled network lost accuracy: this is a bug")

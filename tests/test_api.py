@@ -155,3 +155,18 @@ def test_networks_are_not_pickled_and_not_called_after_close() -> None:
     net.close()
     with pytest.raises(errors.ParingError, match="closed"):
         net(*args)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (torch.nn.Linear(6, 1), (3, 6)),
+        (torch.nn.Conv2d(3, 5, 3), (1, 3, 8, 8)),
+        (torch.nn.ConvTranspose2d(4, 3, 3, 2, 1, 1), (2, 4, 5, 6)),
+        (torch.nn.Softmax(1), (2, 7)),
+        (torch.nn.Identity(), (2, 3)),
+    ],
+)
+def test_a_single_layer_is_a_network_too(layer: torch.nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    torch.testing.assert_close(paring.compile(layer.eval(), (x,))(x), layer(x).detach())

@@ -59,6 +59,10 @@ class Profile:
             )
         peaks = f"{self.peak_flops / 1e9:.0f} GFLOP/s and {self.peak_bandwidth / 1e9:.0f} GB/s"
         lines.append(f"{total / 1e3:>9.1f} in all, {self.threads} threads; this host reaches {peaks}")
+        if any(row.share > 1 for row in self.rows):
+            lines.append(
+                "over 100 %: multiply-adds on padding are counted as usual, but not computed; bytes may come from a cache"
+            )
         return "\n".join(lines)
 
 

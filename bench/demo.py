@@ -105,6 +105,9 @@ def compile_with_progress(model: nn.Module, x: torch.Tensor, dump: Path | None =
 
 
 def show_race(title: str, times: dict[str, float]) -> None:
+    console.print(
+        "one process, interleaved: a first look. On a busy machine spinning threads suffer most; `paring bench` measures."
+    )
     table = Table("system", "median ms", "its time / Paring's", title=title)
     for name, value in times.items():
         table.add_row(name, f"{value:.3f}", "" if name == "Paring" else f"{value / times['Paring']:.2f}")

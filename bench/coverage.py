@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -191,10 +191,13 @@ def count_nodes(net: Any) -> int:
 
 
 def _leaves(result: object) -> list[torch.Tensor]:
+    """The tensors of an answer in order; what a loaded network gives for a model's own output class counts as a mapping."""
     import torch
-    from torch.utils._pytree import tree_leaves
 
-    return [leaf.detach() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    if isinstance(result, torch.Tensor):
+        return [result.detach()]
+    items = result.values() if isinstance(result, Mapping) else result if isinstance(result, tuple | list) else ()
+    return [leaf for item in items for leaf in _leaves(item)]
 
 
 def coverage_table(results: Sequence[Result]) -> Table:

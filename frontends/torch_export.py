@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cache, partial
 from typing import Any
@@ -272,31 +272,26 @@ def _keys(context: Any, count: int) -> tuple[Any, ...]:
 
 
 def _input_tree(program: torch.export.ExportedProgram) -> Tree:
-    leaves: list[Tree] = []
-    tensors = 0
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is not InputKind.USER_INPUT:
-            continue
-        if isinstance(spec.arg, ConstantArgument):
-            leaves.append(Tree("constant", value=_plain(spec.arg.value)))
-        else:
-            leaves.append(Tree("tensor", tensors))
-            tensors += 1
-    return _whole(program.call_spec.in_spec, leaves)
+    given = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    return _whole(program.call_spec.in_spec, _leaves(given))
 
 
 def _output_tree(program: torch.export.ExportedProgram) -> Tree:
+    given = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    return _whole(program.call_spec.out_spec, _leaves(given))
+
+
+def _leaves(arguments: Sequence[Any]) -> list[Tree]:
+    """One leaf for each argument, tensors numbered in order."""
     leaves: list[Tree] = []
     tensors = 0
-    for spec in program.graph_signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT:
-            continue
-        if isinstance(spec.arg, ConstantArgument):
-            leaves.append(Tree("constant", value=_plain(spec.arg.value)))
+    for argument in arguments:
+        if isinstance(argument, ConstantArgument):
+            leaves.append(Tree("constant", value=_plain(argument.value)))
         else:
             leaves.append(Tree("tensor", tensors))
             tensors += 1
-    return _whole(program.call_spec.out_spec, leaves)
+    return leaves
 
 
 def _plain(value: Any) -> Any:

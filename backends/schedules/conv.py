@@ -24,9 +24,9 @@ from paring.backends.schedules.tiles import (
     dispatch,
     duration,
     finish,
+    only_anchor,
     overlaps,
     runs,
-    takes_epilogue,
     tile_count,
     tile_height,
 )
@@ -101,14 +101,13 @@ class Shape:
 
 def find(body: Graph, target: Target) -> Node | None:
     """The convolution of a region that this family runs, or None."""
-    anchors = [node for node in body.nodes() if isinstance(node.op, Conv2d)]
-    if len(anchors) != 1 or not takes_epilogue(body, anchors[0]):
+    node = only_anchor(body, Conv2d)
+    if node is None:
         return None
-    (node,) = anchors
     op, b = node.op, target.block
     assert isinstance(op, Conv2d)
     blocks, block_in = lay.weight_blocks(op.weight_layout), lay.channel_block(op.layout)
-    if node.type.dtype != "float32" or node.type.size == 0 or op.algorithm != "direct" or blocks is None:
+    if op.algorithm != "direct" or blocks is None:
         return None
     if lay.channel_block(op.out_layout) != b or blocks != (block_in or 1, b) or block_in not in (None, b):
         return None

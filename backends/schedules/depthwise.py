@@ -18,8 +18,8 @@ from paring.backends.schedules.tiles import (
     dispatch,
     duration,
     finish,
+    only_anchor,
     runs,
-    takes_epilogue,
     tile_count,
     tile_height,
 )
@@ -38,14 +38,13 @@ class DepthwiseKnobs:
 
 def find(body: Graph, target: Target) -> Node | None:
     """The depthwise convolution of a region that this family runs, or None."""
-    anchors = [node for node in body.nodes() if isinstance(node.op, Conv2d)]
-    if len(anchors) != 1 or not takes_epilogue(body, anchors[0]):
+    node = only_anchor(body, Conv2d)
+    if node is None:
         return None
-    (node,) = anchors
     op, b = node.op, target.block
     assert isinstance(op, Conv2d)
     layouts = lay.channel_block(op.layout), lay.channel_block(op.out_layout), lay.weight_blocks(op.weight_layout)
-    if node.type.dtype != "float32" or node.type.size == 0 or op.algorithm != "direct" or layouts != (b, b, (1, b)):
+    if op.algorithm != "direct" or layouts != (b, b, (1, b)):
         return None
     blocks, inputs = node.inputs[1].type.shape[:2]
     return node if inputs == 1 and op.groups == blocks * b else None

@@ -21,9 +21,9 @@ from paring.backends.schedules.tiles import (
     dispatch,
     duration,
     finish,
+    only_anchor,
     overlaps,
     runs,
-    takes_epilogue,
     tile_count,
     tile_height,
 )
@@ -72,11 +72,10 @@ class Shape:
 
 def find(body: Graph, target: Target) -> Node | None:
     """The matrix product of a region that this family runs, or None."""
-    anchors = [node for node in body.nodes() if isinstance(node.op, Linear | Matmul)]
-    if len(anchors) != 1 or not takes_epilogue(body, anchors[0]):
+    node = only_anchor(body, (Linear, Matmul))
+    if node is None:
         return None
-    (node,) = anchors
-    if node.type.dtype != "float32" or node.type.size == 0 or node.inputs[0].type.size == 0:
+    if node.inputs[0].type.size == 0:
         return None
     if isinstance(node.op, Linear) and lay.linear_block(node.op.weight_layout) != target.block:
         return None

@@ -12,6 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, splat
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
+from paring.ir.op import Op
 from paring.ir.ops import ELEMENTWISE
 from paring.ir.ops.binary import Add, Maximum, Minimum, Mul, Sub, Where
 from paring.ir.ops.core import Const, Input
@@ -61,6 +62,15 @@ def takes_epilogue(body: Graph, anchor: Node) -> bool:
         else:
             return False
     return body.outputs[0] in behind
+
+
+def only_anchor(body: Graph, ops: type[Op] | tuple[type[Op], ...]) -> Node | None:
+    """The one float32 node of these ops in a region that is it with an elementwise epilogue; None where there is no such."""
+    anchors = [node for node in body.nodes() if isinstance(node.op, ops)]
+    if len(anchors) != 1 or not takes_epilogue(body, anchors[0]):
+        return None
+    (node,) = anchors
+    return node if node.type.dtype == "float32" and node.type.size else None
 
 
 def duration(anchor: Node) -> int:

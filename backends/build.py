@@ -196,7 +196,10 @@ def _compile(
     def compile_kernel(name: str) -> str:
         path = str(folder / f"{name}.o")
         with _blamed(name, steps[name]):
-            tvm.tirx.build(tvm.IRModule({name: functions[name]}), target=machine).write_to_file(path)
+            # Else TVM puts registers of different widths into one buffer, which LLVM then writes piece by piece.
+            with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+                library = tvm.tirx.build(tvm.IRModule({name: functions[name]}), target=machine)
+            library.write_to_file(path)
         return path
 
     objects = []

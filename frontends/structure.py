@@ -232,6 +232,8 @@ def _to_array(value: Any, wanted: TensorType, where: str) -> np.ndarray:
         what = f"{where} is {_brief(value)}, expected a tensor {wanted}"
         raise InputError(what, where=where, hint="pass a torch tensor or a numpy array")
     array = np.asarray(value)
+    if array.dtype == wanted.dtype and array.shape == wanted.shape:
+        return np.asarray(array, order="C")
     dtype = array.dtype.newbyteorder("=")
     if dtype.name != wanted.dtype:
         what = f"{where} has dtype {dtype.name}, expected {wanted}"
@@ -248,6 +250,15 @@ def _to_array(value: Any, wanted: TensorType, where: str) -> np.ndarray:
 
 def _from_torch(tensor: Any, where: str) -> np.ndarray:
     """A torch tensor's memory as numpy sees it. Raises InputError for tensors that are not plain memory on the CPU."""
+    try:
+        array: np.ndarray = tensor.detach().numpy()
+    except (RuntimeError, TypeError):
+        array = _from_odd_torch(tensor, where)
+    return array
+
+
+def _from_odd_torch(tensor: Any, where: str) -> np.ndarray:
+    """For a tensor that torch does not show to numpy as it is."""
     if tensor.device.type != "cpu":
         raise InputError(f"{where} is on device {tensor.device}, expected cpu", where=where, hint="call .cpu() on it")
     if str(tensor.layout) != "torch.strided" or tensor.is_quantized:

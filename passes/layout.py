@@ -9,18 +9,14 @@ from dataclasses import dataclass
 from paring.ir.graph import Graph, Node
 from paring.ir.layout import blocks_of
 from paring.ir.op import Op
-from paring.ir.ops import binary, conv, pool, reduce, shape, unary
+from paring.ir.ops import ALL, ELEMENTWISE, binary, conv, pool, reduce, shape
 from paring.ir.ops.core import Const
 from paring.ir.ops.pack import PackConvWeight
 from paring.passes.base import Pass
 from paring.passes.rewriter import Context
 
-# Elementwise ops that keep small values small: lanes of padding start as zeros, must stay finite, and meet zero weights.
-TAME: tuple[type[Op], ...] = (
-    *(unary.Relu, unary.Clamp, unary.LeakyRelu, unary.Elu, unary.Silu, unary.Gelu, unary.HardSwish, unary.HardSigmoid),
-    *(unary.Sigmoid, unary.Tanh, unary.Erf, unary.Abs, unary.Neg, unary.Sin, unary.Cos),
-    *(binary.Add, binary.Sub, binary.Mul, binary.Maximum, binary.Minimum),
-)
+# Lanes of padding hold anything, and an integer divided by it would trap.
+_TRAPS: tuple[type[Op], ...] = (binary.FloorDiv, binary.Remainder)
 
 
 @dataclass(frozen=True)
@@ -28,10 +24,8 @@ class Layout(Pass):
     """Convolutions with constant weights run on blocked channels; what follows them stays blocked as long as it can.
 
     `block` is the number of channels in a block, a multiple of the target's vector width. Images change layout only where
-    a blocked part of the network begins or ends; a transformation is shared by all its readers.
-
-    Exact while values are finite: an infinity that a convolution reads leaves NaN in its lanes of padding (0 * inf), which
-    the next convolution spreads over all its outputs.
+    a blocked part of the network begins or ends; a transformation is shared by all its readers. What lanes of padding hold
+    does not matter: no op reads them for a result that counts.
     """
 
     name = "layout"
@@ -127,7 +121,12 @@ def _conv(w: _Walker, node: Node) -> Node | None:
     groups = blocks_of(out, block) * block if depthwise else op.groups
     weight_layout = f"OIHW{block_in}i{block}o"
     layout = "NCHW" if from_plain else w.layout
-    new = dataclasses.replace(op, layout=layout, out_layout=w.layout, weight_layout=weight_layout, groups=groups)
+    partial = {
+        name: count
+        for name, count, in_blocks in (("in_channels", channels, block_in), ("out_channels", out, block))
+        if op.groups == 1 and count % in_blocks
+    }
+    new = dataclasses.replace(op, layout=layout, out_layout=w.layout, weight_layout=weight_layout, groups=groups, **partial)
     packed = Node(PackConvWeight(weight_layout), (w.plain(weight),), weight.loc)
     return Node(new, (source, packed, *(_padded(w.plain(b), block) for b in bias)), node.loc)
 
@@ -202,7 +201,7 @@ def _pad(w: _Walker, node: Node) -> Node | None:
     """Of rows and columns."""
     (x,) = node.inputs
     assert isinstance(node.op, shape.Pad)
-    if not w.is_blocked(x) or any(p != (0, 0) for p in node.op.padding[:2]) or not abs(node.op.value) < 1e3:
+    if not w.is_blocked(x) or any(p != (0, 0) for p in node.op.padding[:2]):
         return None
     return Node(dataclasses.replace(node.op, padding=(*node.op.padding, (0, 0))), (w.blocked_of[x],), node.loc)
 
@@ -220,5 +219,5 @@ BLOCKED: dict[type[Op], Callable[[_Walker, Node], Node | None]] = {
     shape.Concat: _concat,
     shape.Slice: _slice,
     shape.Pad: _pad,
-    **dict.fromkeys(TAME, _elementwise),
+    **{op: _elementwise for op in ALL if issubclass(op, ELEMENTWISE) and not issubclass(op, _TRAPS)},
 }

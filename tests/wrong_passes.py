@@ -124,6 +124,14 @@ def turns_the_padding(walker: Any, node: Node, blocked: Node) -> Node:
     return Node(dataclasses.replace(blocked.op, padding=(rows[::-1], columns[::-1])), blocked.inputs)
 
 
+def takes_one_channel_less(name: str) -> Callable[[Any, Node, Node], Node]:
+    def change(walker: Any, node: Node, blocked: Node) -> Node:
+        count = getattr(blocked.op, name)
+        return Node(dataclasses.replace(blocked.op, **{name: count - 1}), blocked.inputs) if count > 1 else blocked
+
+    return change
+
+
 def ignores_whole_blocks(walker: Any, node: Node) -> Node | None:
     if node.op.axis != 1 or not any(map(walker.is_blocked, node.inputs)) or node.type.shape[1] % 4:
         return None
@@ -170,6 +178,7 @@ WRONG_PASSES: dict[str, tuple[Pass, ...]] = {
         *(_blocked(shape.Concat, reverses_the_operands), _blocked(shape.Slice, shifts_the_blocks)),
         *(_blocked(shape.Pad, pads_with_another_value), _blocked(conv.Conv2d, forgets_the_bias)),
         *(_blocked(conv.Conv2d, turns_the_padding), _blocked(binary.Sub, reverses_the_operands)),
+        *(_blocked(conv.Conv2d, takes_one_channel_less(name)) for name in ("in_channels", "out_channels")),
         Patched(Layout(4), lambda: mock.patch.dict(layout.BLOCKED, {shape.Concat: ignores_whole_blocks})),
     ),
     "fuse": (_region(swaps_operands), _region(forgets_constants), _region(reads_the_first_operand_twice)),

@@ -10,6 +10,7 @@ from paring.backends import vecmath as vm
 from paring.backends.kernel import Index, Kernel, Lanes, Value, as_int, constant, lanes_of, splat
 from paring.backends.lowerings.loops import (
     Straddles,
+    as_index,
     by_lane,
     choose,
     clamp,
@@ -81,9 +82,12 @@ def conv2d(kernel: Kernel, node: Node, index: Index) -> Value:
             value = choose(inside, value, full(value, 0.0))
         return splat(value, lanes) * splat(cast(_weight(kernel, w, op.weight_layout, channel, i, r, s), dtype), lanes)
 
-    result = total(kernel, (in_group, kh, kw), lanes, dtype, term)
+    result = total(kernel, (op.in_channels or in_group, kh, kw), lanes, dtype, term)
     if len(node.inputs) == 3:
         result = result + splat(cast(kernel.value(node.inputs[2], (channel,)), dtype), lanes)
+    if op.out_channels:
+        place = as_index(channel)
+        result = choose(place < full(place, op.out_channels), result, full(result, 0))
     return cast(result, node.type.dtype)
 
 

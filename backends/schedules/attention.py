@@ -160,7 +160,7 @@ class Head:
 
     def _scores(self, start: Scalar, rows: int, vector: Scalar, vectors: int) -> None:
         kernel, sizes, lanes = self.kernel, self.sizes, self.sizes.lanes
-        sums = Accumulators(kernel, rows, vectors, lanes)
+        sums = Accumulators(kernel, rows, [lanes] * vectors)
         for v in range(vectors):
             sums.start(v)
         with kernel.loop(sizes.inner) as e:
@@ -220,7 +220,7 @@ class Head:
     def _mix(self, start: Scalar, rows: int, column: int, vectors: int) -> None:
         """A tile of the result: weights times values, and the region's epilogue."""
         kernel, sizes, lanes = self.kernel, self.sizes, self.sizes.lanes
-        sums = Accumulators(kernel, rows, vectors, lanes)
+        sums = Accumulators(kernel, rows, [lanes] * vectors)
         for v in range(vectors):
             sums.start(v)
         with kernel.loop(sizes.keys) as s:

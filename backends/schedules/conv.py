@@ -13,7 +13,7 @@ from math import prod
 
 from tvm import tirx
 
-from paring.backends.kernel import Kernel, Lanes, Scalar, flatten
+from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, flatten
 from paring.backends.schedules.tiles import (
     CHAINS,
     Accumulators,
@@ -35,6 +35,9 @@ from paring.ir import layout as lay
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.conv import Conv2d
 
+# No vector has fewer lanes.
+NARROW = 4
+
 Taps = tuple[range, ...]  # for each kernel column the columns of a tile that it reaches inside the image
 
 
@@ -53,7 +56,9 @@ class Shape:
 
     images: int
     groups: int
+    in_channels: int  # of one group, padding left out
     in_blocks: int  # of one group
+    out_channels: int  # of one group, padding left out
     out_blocks: int  # of one group
     block_in: int
     block: int
@@ -78,13 +83,26 @@ class Shape:
             oh, ow, height, width = 1, oh * ow, 1, height * width
         kernel = (w[2], w[3])
         blocks //= op.groups
-        return Shape(n, op.groups, w[1], blocks, w[4], w[5], height, width, oh, ow, kernel, op.stride, op.dilation, top, left)
+        inner, outer = op.in_channels or w[1] * w[4], op.out_channels or blocks * w[5]
+        size, place = (w[4], w[5], height, width, oh, ow, kernel), (op.stride, op.dilation, top, left)
+        return Shape(n, op.groups, inner, w[1], outer, blocks, *size, *place)
 
     @property
     def padded_rows(self) -> bool:
         """Whether some tap of some output row lies above or below the image."""
         last = (self.out_height - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] - self.top
         return self.top > 0 or last >= self.height
+
+    def widths(self, first: int, blocks: int) -> tuple[int, ...]:
+        """Lanes to compute of some output blocks: of one that is half padding, half of them, and so on."""
+
+        def lanes(block: int) -> int:
+            used, width = self.out_channels - block * self.block, self.block
+            while width % 2 == 0 and width // 2 >= max(used, NARROW):
+                width //= 2
+            return width
+
+        return tuple(map(lanes, range(first, first + blocks)))
 
     def taps(self, start: int, width: int) -> Taps:
         """For a tile of `width` output columns from `start`."""
@@ -118,7 +136,7 @@ def find(body: Graph, target: Target) -> Node | None:
 def knobs(node: Node, target: Target) -> ConvKnobs:
     """The default settings: two channel blocks where the reduction is long and twice their weights fit the cache."""
     shape = Shape.of(node)
-    depth = shape.in_blocks * shape.block_in * shape.kernel[0] * shape.kernel[1]
+    depth = shape.in_channels * shape.kernel[0] * shape.kernel[1]
     if overlaps(target, depth):
         columns, blocks = tile_height(target, shape.block, 2), 1
     else:
@@ -127,9 +145,10 @@ def knobs(node: Node, target: Target) -> ConvKnobs:
     columns = min(columns, shape.out_width)
     # An image of a few pixels gives too few sums of its own.
     blocks = max(blocks, -(-CHAINS // columns)) if columns * 2 <= CHAINS else blocks
-    # An image larger than the cache is read once where the weights stay in it, not once for each block of channels.
+    # Where the weights stay in the cache, each thread takes rows of the image with all channels: what the kernel before it
+    # left in the cache of this core is read there, and an image larger than the cache is read once.
     image, weight = (operand.type.bytes for operand in node.inputs[:2])
-    pixels_first = weight <= target.l2 // 2 and image > target.l2 and shape.images == 1
+    pixels_first = weight <= target.l2 // 2 and image + node.type.bytes > weight and shape.images == 1
     return ConvKnobs(columns, min(blocks, shape.out_blocks), pixels_first)
 
 
@@ -137,7 +156,7 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
     """Write the loops of a region around that convolution."""
     shape = Shape.of(anchor)
     columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
-    channels = runs(balanced(shape.out_blocks, knobs.blocks))
+    channels = runs(balanced(shape.out_blocks, knobs.blocks), shape.widths)
     # Channels before pixels: the weights of a tile stay in the cache while they are used. Large ones serve all images at once.
     order = (1, 2, 0, 3, 4) if anchor.inputs[1].type.size * shape.images > anchor.inputs[0].type.size else (0, 1, 2, 3, 4)
     order = (0, 1, 3, 4, 2) if knobs.pixels_first else order
@@ -150,7 +169,7 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
 
         def at_channel(first: Scalar, blocks: Run) -> None:
             def at_column(x: Scalar, tile: Run) -> None:
-                _Tile(kernel, anchor, shape, (n, group, first, y, x), blocks.width, tile, turn, prod(turns)).emit()
+                _Tile(kernel, anchor, shape, (n, group, first, y, x), blocks.kind, tile, turn, prod(turns)).emit()
 
             dispatch(kernel, column, columns, at_column)
 
@@ -172,7 +191,7 @@ def kernel_rows(kernel: Kernel, shape: Shape, y: Scalar) -> tuple[Scalar, Scalar
 
 @dataclass
 class _Tile:
-    """One register tile: `tile.width` columns, `blocks` channel blocks; at = (n, group, first block, y, x).
+    """One register tile: `tile.width` columns, channel blocks of `widths` lanes; at = (n, group, first block, y, x).
 
     It is number `turn` of the `turns` tiles that use the same weights.
     """
@@ -181,7 +200,7 @@ class _Tile:
     anchor: Node
     shape: Shape
     at: tuple[Scalar, ...]
-    blocks: int
+    widths: tuple[int, ...]
     tile: Run
     turn: Scalar
     turns: int
@@ -189,22 +208,35 @@ class _Tile:
     def emit(self) -> None:
         k, s = self.kernel, self.shape
         self.n, self.group, first, self.y, self.x = self.at
-        self.sums = Accumulators(k, self.tile.width, self.blocks, s.block)
+        self.sums = Accumulators(k, self.tile.width, self.widths)
         self.channel = k.bind(self.group * s.out_blocks + first)
         bias = self.anchor.inputs[2:]
-        for j in range(self.blocks):
-            self.sums.start(j, k.value(bias[0], (Lanes((self.channel + j) * s.block, s.block),)) if bias else None)
+        for j, lanes in enumerate(self.widths):
+            self.sums.start(j, k.value(bias[0], (Lanes((self.channel + j) * s.block, lanes),)) if bias else None)
         low, high = kernel_rows(k, s, self.y)
         weights, slab = k.buffers[self.anchor.inputs[1]], s.in_blocks * s.kernel[0] * s.kernel[1] * s.block_in * s.block
-        next_slab = (self.channel + self.blocks) * slab
-        ahead = Ahead.of(k, weights, next_slab, slab * self.blocks if self.turns > 1 else 0, self.turns * s.in_blocks)
-        with k.loop(s.in_blocks) as ci:
-            ahead.step(self.turn * s.in_blocks + ci)
-            self._accumulate(ci, low, high)
-        finish(k, self.anchor, Block(self.tile.width, [s.block] * self.blocks, self.sums.value, self._index))
+        blocks = len(self.widths)
+        next_slab = (self.channel + blocks) * slab
+        ahead = Ahead.of(k, weights, next_slab, slab * blocks if self.turns > 1 else 0, self.turns * s.in_blocks)
+        whole, rest = divmod(s.in_channels, s.block_in)
+        if whole:
+            with k.loop(whole) as ci:
+                ahead.step(self.turn * s.in_blocks + ci)
+                self._accumulate(ci, low, high, s.block_in)
+        if rest:
+            self._accumulate(whole, low, high, rest)
+        finish(k, self.anchor, Block(self.tile.width, [s.block] * blocks, self._sum, self._index))
 
-    def _accumulate(self, ci: Scalar, low: Scalar, high: Scalar) -> None:
-        """All taps of the kernel rows [low, high) over one block of input channels."""
+    def _sum(self, i: int, j: int) -> Value:
+        """One vector of the result, zeros where its block is padding."""
+        value, lanes = self.sums.value(i, j), self.widths[j]
+        if lanes == self.shape.block:
+            return value
+        places = [tirx.const(place, "int32") for place in range(self.shape.block)]
+        return tirx.Shuffle([value, constant(0, self.sums.dtype, self.shape.block - lanes)], places)
+
+    def _accumulate(self, ci: Scalar, low: Scalar, high: Scalar, lanes: int) -> None:
+        """All taps of the kernel rows [low, high) over the first `lanes` of a block of input channels."""
         k, s = self.kernel, self.shape
         if s.block_in == 1:
             # The rows are innermost: their number is not static, so LLVM does not unroll the taps and spill what they share.
@@ -215,8 +247,8 @@ class _Tile:
         with k.loop(high, start=low) as kh:
             for taps, reached in self._strips():
                 # Neighbouring taps read neighbouring pixels and weights, so without dilation one loop runs over all of them.
-                inner = s.block_in * (len(taps) if s.dilation[1] == 1 else 1)
-                with k.loop(len(taps) * s.block_in // inner) as tap, k.loop(inner) as lane:
+                inner = lanes * (len(taps) if s.dilation[1] == 1 and lanes == s.block_in else 1)
+                with k.loop(len(taps) * lanes // inner) as tap, k.loop(inner) as lane:
                     self._multiply(ci, kh, taps.start, tap, lane, reached)
 
     def _strips(self) -> list[tuple[range, range]]:
@@ -239,7 +271,7 @@ class _Tile:
         position = ((self.channel * s.in_blocks + ci) * s.kernel[0] + kh) * s.kernel[1] + first + tap
         weights = k.bind((position * s.block_in + lane) * s.block)
         between = s.in_blocks * s.kernel[0] * s.kernel[1] * s.block_in * s.block
-        vectors = [k.bind(k.load(w, Lanes(weights + j * between, s.block))) for j in range(self.blocks)]
+        vectors = [k.bind(k.load(w, Lanes(weights + j * between, lanes))) for j, lanes in enumerate(self.widths)]
         for i in reached:
             pixel = k.load(x, origin + (i * s.stride[1] - s.left + first * s.dilation[1]) * s.block_in)
             for j, vector in enumerate(vectors):

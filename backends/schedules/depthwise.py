@@ -60,8 +60,8 @@ def emit(kernel: Kernel, anchor: Node, knobs: DepthwiseKnobs) -> None:
     shape = Shape.of(anchor)
     blocks = anchor.type.shape[1]
     columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
-    extents = (shape.images, blocks, shape.out_height, tile_count(columns))
-    with kernel.parallel(extents, duration(anchor)) as (n, block, y, column):
+    extents = (shape.images, shape.out_height, blocks, tile_count(columns))
+    with kernel.parallel(extents, duration(anchor)) as (n, y, block, column):
 
         def at_column(x: Scalar, tile: Run) -> None:
             _tile(kernel, anchor, shape, (n, block, y, x), tile)
@@ -73,7 +73,7 @@ def _tile(kernel: Kernel, anchor: Node, shape: Shape, at: tuple[Scalar, ...], ti
     """One register tile: `tile.width` columns from x of row y of one channel block; at = (n, block, y, x)."""
     n, block, y, x = at
     lanes = shape.block
-    sums = Accumulators(kernel, tile.width, 1, lanes)
+    sums = Accumulators(kernel, tile.width, [lanes])
     bias = anchor.inputs[2:]
     sums.start(0, kernel.value(bias[0], (Lanes(block * lanes, lanes),)) if bias else None)
     low, high = kernel_rows(kernel, shape, y)

@@ -134,7 +134,7 @@ class _Tile:
     def emit(self) -> None:
         k, s = self.kernel, self.shape
         self.batch, self.first, self.m = self.at
-        self.sums = Accumulators(k, self.height * self.steps, self.vectors.width, s.lanes)
+        self.sums = Accumulators(k, self.height * self.steps, [s.lanes] * self.vectors.width)
         for j in range(self.vectors.width):
             self.sums.start(j, zero_from=self.height, value=self._bias(j))
         self.row = k.bind(self.batch * s.rows + self.m)

@@ -199,28 +199,29 @@ LINE = 16
 
 
 class Accumulators:
-    """rows x vectors sums of `lanes` elements each, held in registers."""
+    """Sums held in registers: rows x one vector of each of the `widths` (lanes)."""
 
-    def __init__(self, kernel: Kernel, rows: int, vectors: int, lanes: int, dtype: str = "float32") -> None:
-        self.kernel, self.lanes, self.dtype = kernel, lanes, dtype
+    def __init__(self, kernel: Kernel, rows: int, widths: Sequence[int], dtype: str = "float32") -> None:
+        self.kernel, self.widths, self.dtype = kernel, tuple(widths), dtype
         # One buffer for each: TVM takes larger ones from the heap.
-        self.registers = [[kernel.local(lanes, dtype) for _ in range(vectors)] for _ in range(rows)]
+        self.registers = [[kernel.local(lanes, dtype) for lanes in self.widths] for _ in range(rows)]
 
     def start(self, vector: int, value: Value | None = None, zero_from: int | None = None) -> None:
         """Set the rows of one vector: to the value, or to zero where none is given and from row `zero_from` on."""
-        zero = constant(0, self.dtype, self.lanes)
+        lanes = self.widths[vector]
+        zero = constant(0, self.dtype, lanes)
         value = zero if value is None else self.kernel.bind(value)
         for number, row in enumerate(self.registers):
             first = zero_from is None or number < zero_from
-            self.kernel.store(row[vector], Lanes(0, self.lanes), value if first else zero)
+            self.kernel.store(row[vector], Lanes(0, lanes), value if first else zero)
 
     def add_product(self, row: int, vector: int, x: Value, weight: Value) -> None:
         """x is a scalar or a vector."""
-        old = self.value(row, vector)
-        self.kernel.store(self.registers[row][vector], Lanes(0, self.lanes), old + splat(x, self.lanes) * weight)
+        lanes = self.widths[vector]
+        self.kernel.store(self.registers[row][vector], Lanes(0, lanes), self.value(row, vector) + splat(x, lanes) * weight)
 
     def value(self, row: int, vector: int) -> Value:
-        return self.kernel.load(self.registers[row][vector], Lanes(0, self.lanes))
+        return self.kernel.load(self.registers[row][vector], Lanes(0, self.widths[vector]))
 
 
 def tile_height(target: Target, lanes: int, vectors: int) -> int:

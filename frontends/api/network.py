@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
+
 from paring.backends.reference import ReferenceExecutable
 from paring.backends.targets import REFERENCE, Target
 from paring.frontends.structure import Signature
@@ -187,7 +189,12 @@ def _key(leaf: Any) -> Any:
 
 def any_torch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call gives torch tensors, and so wants them back."""
-    return any(hasattr(leaf, "detach") for leaf in flatten_call(tuple(args), dict(kwargs))[0])
+    given = (*args, *kwargs.values())
+    if any(hasattr(value, "detach") for value in given):
+        return True
+    # Looking into containers takes longer than a small network.
+    containers = tuple(value for value in given if not isinstance(value, np.ndarray))
+    return bool(containers) and any(hasattr(leaf, "detach") for leaf in flatten_call(containers, {})[0])
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], str]:

@@ -24,8 +24,9 @@ class Conv2d(Op):
     """Cross-correlation of x with weight (O, I/groups, KH, KW) and an optional bias (O,).
 
     `layout` is that of x, `out_layout` that of the result, `weight_layout` that of the weight. With a blocked `out_layout`
-    the result's channels are the weight's padded ones and bias is padded likewise. `algorithm` names the way a backend
-    computes it; it never changes the meaning.
+    the result's channels are the weight's padded ones and bias is padded likewise. Where blocks are not full, `in_channels`
+    and `out_channels` are the plain numbers (0: all of them): what lies beyond is not read, and zero in the result.
+    `algorithm` names the way a backend computes it; it never changes the meaning.
     """
 
     name = "conv2d"
@@ -37,6 +38,8 @@ class Conv2d(Op):
     layout: str = "NCHW"
     out_layout: str = "NCHW"
     weight_layout: str = "OIHW"
+    in_channels: int = 0
+    out_channels: int = 0
     algorithm: str = "direct"
 
     def _plain_shapes(self, x: TensorType, w: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -64,6 +67,10 @@ class Conv2d(Op):
         oh = conv_extent(h, kh, self.stride[0], self.padding[0], self.dilation[0])
         ow = conv_extent(wd, kw, self.stride[1], self.padding[1], self.dilation[1])
         require(oh > 0 and ow > 0, "the kernel is larger than the padded input", why=f"{(kh, kw)} on {(h, wd)}")
+        partial = bool(self.in_channels or self.out_channels)
+        require(not partial or self.groups == 1, "only a convolution of one group has blocks that are not full")
+        require(0 <= self.in_channels <= i, "in_channels are not within the weight", why=f"{self.in_channels} of {i}")
+        require(0 <= self.out_channels <= o, "out_channels are not within the weight", why=f"{self.out_channels} of {o}")
         block = lay.channel_block(self.out_layout)
         if block is None:
             return x.with_shape((n, o, oh, ow))
@@ -74,15 +81,19 @@ class Conv2d(Op):
         x, w = wide(arrays[0]), wide(arrays[1])
         x = lay.unblock_activation(x) if x.ndim == 5 else x
         w = lay.unblock_conv_weight(w) if w.ndim == 6 else w
+        if self.in_channels:
+            x, w = x[:, : self.in_channels], w[:, : self.in_channels]
         y = correlate(x, w, self.stride, self.padding, self.dilation, self.groups)
         if len(arrays) == 3:
             y = y + wide(arrays[2])[:, None, None]
+        if self.out_channels:
+            y[:, self.out_channels :] = 0
         block = lay.channel_block(self.out_layout)
         return lay.block_activation(y, block) if block else y
 
     def macs(self, result: TensorType, *types: TensorType) -> int:
-        _, (_, i, kh, kw) = self._plain_shapes(types[0], types[1])
-        return result.size * i * kh * kw
+        _, (o, i, kh, kw) = self._plain_shapes(types[0], types[1])
+        return result.size // o * (self.out_channels or o) * (self.in_channels or i) * kh * kw
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
@@ -98,6 +109,10 @@ class Conv2d(Op):
             (
                 cls(padding=((1, 1), (1, 1)), layout="NCHW4c", out_layout="NCHW4c", weight_layout="OIHW4i4o"),
                 (f(1, 2, 6, 6, 4), f(3, 2, 3, 3, 4, 4), f(12)),
+            ),
+            (
+                cls(layout="NCHW4c", out_layout="NCHW4c", weight_layout="OIHW4i4o", in_channels=5, out_channels=6),
+                (f(1, 2, 3, 5, 4), f(2, 2, 2, 2, 4, 4), f(8)),
             ),
         ]
 

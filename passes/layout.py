@@ -121,12 +121,10 @@ def _conv(w: _Walker, node: Node) -> Node | None:
     groups = blocks_of(out, block) * block if depthwise else op.groups
     weight_layout = f"OIHW{block_in}i{block}o"
     layout = "NCHW" if from_plain else w.layout
-    partial = {
-        name: count
-        for name, count, in_blocks in (("in_channels", channels, block_in), ("out_channels", out, block))
-        if op.groups == 1 and count % in_blocks
-    }
-    new = dataclasses.replace(op, layout=layout, out_layout=w.layout, weight_layout=weight_layout, groups=groups, **partial)
+    in_channels = channels if op.groups == 1 and channels % block_in else 0
+    out_channels = out if op.groups == 1 and out % block else 0
+    new = dataclasses.replace(op, layout=layout, out_layout=w.layout, weight_layout=weight_layout, groups=groups)
+    new = dataclasses.replace(new, in_channels=in_channels, out_channels=out_channels)
     packed = Node(PackConvWeight(weight_layout), (w.plain(weight),), weight.loc)
     return Node(new, (source, packed, *(_padded(w.plain(b), block) for b in bias)), node.loc)
 

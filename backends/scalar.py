@@ -16,6 +16,7 @@ from tvm_ffi import structural_equal
 
 from paring.backends import vecmath as vm
 from paring.backends.kernel import Value
+from paring.backends.quantized import QUANTIZED
 from paring.backends.vecmath import bind, cast, dtype_of, fma, full
 from paring.ir.op import Op
 from paring.ir.ops import binary, unary
@@ -270,6 +271,7 @@ def plain(function: Callable[..., Value]) -> ScalarRule:
 
 
 SCALARS: dict[type[Op], Any] = {
+    **QUANTIZED,
     unary.Relu: _relu,
     unary.Clamp: _clamp,
     unary.LeakyRelu: _leaky_relu,

@@ -102,6 +102,22 @@ def wide(array: Array) -> Array:
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
+def exact_wide(array: Array) -> Array:
+    """Everything as float64, in which sums of products of 8-bit integers are exact (and faster than integer ones)."""
+    return array.astype(np.float64)
+
+
+def product_dtype(x: TensorType, w: TensorType, *bias: TensorType) -> str:
+    """The dtype in which x times w is summed: their own for floats, int32 for 8-bit x and int8 w. Raises IRTypeError."""
+    if x.dtype in ("uint8", "int8"):
+        result, fits = "int32", w.dtype == "int8" and all(b.dtype == "int32" for b in bias)
+    else:
+        result, fits = x.dtype, x.is_float and all(t.dtype == x.dtype for t in (w, *bias))
+    why = ", ".join(t.dtype for t in (x, w, *bias))
+    require(fits, "operands are not of one float type, nor 8-bit x, int8 weight, int32 bias", why=why)
+    return result
+
+
 def normalize_axis(axis: int, rank: int) -> int:
     require(-rank <= axis < rank, f"axis {axis} is out of range for rank {rank}")
     return axis % rank

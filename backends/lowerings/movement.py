@@ -24,7 +24,7 @@ from paring.backends.vecmath import cast, full
 from paring.ir import layout as lay
 from paring.ir.graph import Node
 from paring.ir.ops import index as idx
-from paring.ir.ops import pack, shape
+from paring.ir.ops import pack, quantized, shape
 
 
 def broadcast(kernel: Kernel, node: Node, index: Index) -> Value:
@@ -197,15 +197,17 @@ def layout_transform(kernel: Kernel, node: Node, index: Index) -> Value:
 
 @by_lane
 def pack_conv_weight(kernel: Kernel, node: Node, index: Index) -> Value:
-    (w,) = node.inputs
-    block_in, block_out = node.type.shape[4:]
-    oo, io, r, s, ii, oi = index
-    return _padded(kernel, w, (plus(oo * block_out, oi), plus(io * block_in, ii), r, s))
+    blocks = lay.weight_blocks(node.op.layout)
+    assert blocks is not None
+    oo, io, r, s, outer, oi, *rest = index
+    inner = plus(outer * node.type.shape[6], rest[0]) if rest else outer
+    return _padded(kernel, node.inputs[0], (plus(oo * blocks[1], oi), plus(io * blocks[0], inner), r, s))
 
 
 @by_lane
 def pack_linear_weight(kernel: Kernel, node: Node, index: Index) -> Value:
-    outer, i, inner = index
+    outer, i, inner, *rest = index
+    i = plus(i * node.type.shape[3], rest[0]) if rest else i
     return _padded(kernel, node.inputs[0], (plus(outer * node.type.shape[2], inner), i))
 
 
@@ -244,6 +246,18 @@ def gather_elements(kernel: Kernel, node: Node, index: Index) -> Value:
     return kernel.value(x, (*index[:axis], taken, *index[axis + 1 :]))
 
 
+@by_lane
+def lookup(kernel: Kernel, node: Node, index: Index) -> Value:
+    scalar_only(index)
+    q, table = node.inputs
+    return kernel.value(table, (cast(kernel.value(q, index), "int32") - quantized.limits(q.type.dtype)[0],))
+
+
+def dequantize_channels(kernel: Kernel, node: Node, index: Index) -> Value:
+    q, scale = (kernel.value(operand, i) for operand, i in zip(node.inputs, (index, (index[node.op.axis],)), strict=True))
+    return splat(cast(q, "float32"), lanes_of(index)) * splat(scale, lanes_of(index))
+
+
 def triangle(kernel: Kernel, node: Node, index: Index) -> Value:
     row, column = (as_index(i) for i in index[-2:])
     lanes = lanes_of(index)
@@ -269,6 +283,8 @@ MOVEMENT = {
     pack.PackLinearWeight: pack_linear_weight,
     idx.Gather: gather,
     idx.GatherElements: gather_elements,
+    quantized.Lookup: lookup,
+    quantized.DequantizeChannels: dequantize_channels,
     idx.Tril: triangle,
     idx.Triu: triangle,
 }

@@ -43,7 +43,11 @@ def _weight(kernel: Kernel, w: Node, layout: str, o: Any, i: Any, r: Any, s: Any
     if blocks is None:
         return kernel.value(w, (o, i, r, s))
     (oo, oi), (io, ii) = split(o, blocks[1]), split(i, blocks[0])
-    return kernel.value(w, (oo, io, r, s, ii, oi))
+    group = lay.weight_tail(layout)[2:]
+    if not group:
+        return kernel.value(w, (oo, io, r, s, ii, oi))
+    outer, inner = split(ii, group[0])
+    return kernel.value(w, (oo, io, r, s, outer, oi, inner))
 
 
 def _group_of(channel: Any, size: int, groups: int) -> Any:
@@ -79,7 +83,7 @@ def conv2d(kernel: Kernel, node: Node, index: Index) -> Value:
         value = cast(read_channel(kernel, x, op.layout, n, *taken), dtype)
         if any(map(any, op.padding)):
             inside = tirx.And(within(row, height), within(column, width))
-            value = choose(inside, value, full(value, 0.0))
+            value = choose(inside, value, full(value, op.pad_value))
         return splat(value, lanes) * splat(cast(_weight(kernel, w, op.weight_layout, channel, i, r, s), dtype), lanes)
 
     result = total(kernel, (op.in_channels or in_group, kh, kw), lanes, dtype, term)
@@ -134,12 +138,14 @@ def _source(op: conv.ConvTranspose2d, d: int, at: Any, turn: Any, size: int, tap
 def linear_(kernel: Kernel, node: Node, index: Index) -> Value:
     x, w = node.inputs[:2]
     dtype, lanes = sum_type(node.type.dtype), lanes_of(index)
-    block, out = lay.linear_block(node.op.weight_layout), index[-1]
+    layout, out = node.op.weight_layout, index[-1]
+    block, group = lay.linear_block(layout), lay.linear_group(layout)
     outer, inner = split(out, block) if block else (out, 0)
 
     def term(position: tuple[Any, ...]) -> Value:
         (i,) = position
-        weight = kernel.value(w, (outer, i, inner) if block else (out, i))
+        blocked = (outer, i // group, inner, i % group) if group > 1 else (outer, i, inner)
+        weight = kernel.value(w, blocked[: w.type.rank] if block else (out, i))
         value = kernel.value(x, (*index[:-1], i))
         return splat(cast(value, dtype), lanes) * splat(cast(weight, dtype), lanes)
 
@@ -156,8 +162,10 @@ def matmul(kernel: Kernel, node: Node, index: Index) -> Value:
 
     def term(position: tuple[Any, ...]) -> Value:
         (k,) = position
-        left, right = kernel.value(x, (*batch, row, k)), kernel.value(y, (*batch, k, column))
-        return splat(cast(left, dtype), lanes) * splat(cast(right, dtype), lanes)
+        left, right = (cast(kernel.value(operand, i), dtype) for operand, i in ((x, (*batch, row, k)), (y, (*batch, k, column))))
+        if dtype == "int32":
+            left, right = left - full(left, node.op.x_zero), right - full(right, node.op.y_zero)
+        return splat(left, lanes) * splat(right, lanes)
 
     return cast(total(kernel, (x.type.shape[-1],), lanes, dtype, term), node.type.dtype)
 

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 from paring.ir.op import Op
-from paring.ir.ops import attention, binary, conv, core, index, linear, norm, pack, pool, reduce, resize, scan, shape, unary
+from paring.ir.ops import (
+    attention,
+    binary,
+    conv,
+    core,
+    index,
+    linear,
+    norm,
+    pack,
+    pool,
+    quantized,
+    reduce,
+    resize,
+    scan,
+    shape,
+    unary,
+)
 
 ALL: tuple[type[Op], ...] = (
     *(core.Input, core.Const, core.Region),
@@ -21,9 +37,14 @@ ALL: tuple[type[Op], ...] = (
     *(reduce.Sum, reduce.Mean, reduce.Max, reduce.Min, reduce.ArgMax),
     *(index.Gather, index.GatherElements, index.Tril, index.Triu),
     *(resize.Resize, scan.CumSum, attention.ScaledDotProductAttention),
+    *(quantized.Quantize, quantized.Dequantize, quantized.DequantizeChannels, quantized.Descale, quantized.Requantize),
+    *(quantized.QuantizedMul, quantized.Lookup),
 )
 
 # One result element from one element of each operand, all of one shape.
-ELEMENTWISE: tuple[type[Op], ...] = (unary.Unary, unary.Cast, binary.Binary, binary.Where)
+ELEMENTWISE: tuple[type[Op], ...] = (
+    *(unary.Unary, unary.Cast, binary.Binary, binary.Where),
+    *(quantized.Quantize, quantized.Dequantize, quantized.Descale, quantized.Requantize, quantized.QuantizedMul),
+)
 
 OPS: dict[str, type[Op]] = {op.name: op for op in ALL}

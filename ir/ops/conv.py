@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paring.ir import layout as lay
-from paring.ir.op import Array, Op, Sample, require, wide
+from paring.ir.op import Array, Op, Sample, exact_wide, product_dtype, require, wide
 from paring.ir.types import TensorType
 
 Pair = tuple[int, int]
@@ -27,6 +27,9 @@ class Conv2d(Op):
     the result's channels are the weight's padded ones and bias is padded likewise. Where blocks are not full, `in_channels`
     and `out_channels` are the plain numbers (0: all of them): what lies beyond is not read, and zero in the result.
     `algorithm` names the way a backend computes it; it never changes the meaning.
+
+    On floats, or on 8-bit integers x with int8 weights and int32 bias: then sums are int32, and `pad_value` is what stands in
+    the padding (the zero point of x).
     """
 
     name = "conv2d"
@@ -40,23 +43,27 @@ class Conv2d(Op):
     weight_layout: str = "OIHW"
     in_channels: int = 0
     out_channels: int = 0
+    pad_value: int = 0
     algorithm: str = "direct"
 
     def _plain_shapes(self, x: TensorType, w: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
         block, blocks = lay.channel_block(self.layout), lay.weight_blocks(self.weight_layout)
         require(x.rank == (5 if block else 4), f"x does not fit layout {self.layout}", why=f"it is {x}")
-        require(w.rank == (6 if blocks else 4), f"weight does not fit layout {self.weight_layout}", why=f"it is {w}")
+        rank = 4 + len(lay.weight_tail(self.weight_layout))
+        require(w.rank == rank, f"weight does not fit layout {self.weight_layout}", why=f"it is {w}")
         if block:
             require(x.shape[4] == block, f"x does not fit layout {self.layout}", why=f"it is {x}")
         if blocks:
-            require(w.shape[4:] == blocks, f"weight does not fit layout {self.weight_layout}", why=f"it is {w}")
+            fits = w.shape[4:] == lay.weight_tail(self.weight_layout)
+            require(fits, f"weight does not fit layout {self.weight_layout}", why=f"it is {w}")
         xs = (x.shape[0], x.shape[1] * x.shape[4], *x.shape[2:4]) if block else x.shape
-        ws = (w.shape[0] * w.shape[5], w.shape[1] * w.shape[4], *w.shape[2:4]) if blocks else w.shape
+        ws = (w.shape[0] * blocks[1], w.shape[1] * blocks[0], *w.shape[2:4]) if blocks else w.shape
         return xs, ws
 
     def infer(self, *types: TensorType) -> TensorType:
         x, w = types[:2]
-        require(x.is_float and all(t.dtype == x.dtype for t in types), "operands are not of one float type")
+        dtype = product_dtype(*types)
+        require(self.pad_value == 0 or dtype == "int32", "floats are padded with zeros only")
         require(min(*self.stride, *self.dilation, self.groups) >= 1, "stride, dilation and groups are positive")
         require(min(map(min, self.padding)) >= 0, "padding is not negative", hint="slice the input instead")
         (n, c, h, wd), (o, i, kh, kw) = self._plain_shapes(x, w)
@@ -73,19 +80,19 @@ class Conv2d(Op):
         require(0 <= self.out_channels <= o, "out_channels are not within the weight", why=f"{self.out_channels} of {o}")
         block = lay.channel_block(self.out_layout)
         if block is None:
-            return x.with_shape((n, o, oh, ow))
+            return TensorType(dtype, (n, o, oh, ow))
         require(o % block == 0, f"{o} output channels do not fill blocks of {block}")
-        return x.with_shape((n, o // block, oh, ow, block))
+        return TensorType(dtype, (n, o // block, oh, ow, block))
 
     def ref(self, *arrays: Array) -> Array:
-        x, w = wide(arrays[0]), wide(arrays[1])
+        x, w = exact_wide(arrays[0]), exact_wide(arrays[1])
         x = lay.unblock_activation(x) if x.ndim == 5 else x
-        w = lay.unblock_conv_weight(w) if w.ndim == 6 else w
+        w = lay.unblock_conv_weight(w) if w.ndim > 4 else w
         if self.in_channels:
             x, w = x[:, : self.in_channels], w[:, : self.in_channels]
-        y = correlate(x, w, self.stride, self.padding, self.dilation, self.groups)
+        y = correlate(x, w, self.stride, self.padding, self.dilation, self.groups, self.pad_value)
         if len(arrays) == 3:
-            y = y + wide(arrays[2])[:, None, None]
+            y = y + exact_wide(arrays[2])[:, None, None]
         if self.out_channels:
             y[:, self.out_channels :] = 0
         block = lay.channel_block(self.out_layout)
@@ -99,6 +106,9 @@ class Conv2d(Op):
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
         def f(*shape: int) -> TensorType:
             return TensorType("float32", shape)
+
+        def i(dtype: str, *shape: int) -> TensorType:
+            return TensorType(dtype, shape)
 
         return [
             (cls(padding=((1, 1), (1, 1))), (f(1, 3, 7, 6), f(4, 3, 3, 3), f(4))),
@@ -114,16 +124,31 @@ class Conv2d(Op):
                 cls(layout="NCHW4c", out_layout="NCHW4c", weight_layout="OIHW4i4o", in_channels=5, out_channels=6),
                 (f(1, 2, 3, 5, 4), f(2, 2, 2, 2, 4, 4), f(8)),
             ),
+            (cls(padding=((1, 2), (0, 1)), pad_value=7), (i("uint8", 1, 3, 5, 6), i("int8", 4, 3, 3, 3), i("int32", 4))),
+            (cls(groups=4, padding=((1, 1), (1, 1))), (i("int8", 1, 4, 5, 5), i("int8", 4, 1, 3, 3))),
+            (
+                cls(
+                    padding=((1, 1), (1, 1)),
+                    layout="NCHW8c",
+                    out_layout="NCHW8c",
+                    weight_layout="OIHW2i8o4i",
+                    in_channels=13,
+                    pad_value=130,
+                ),
+                (i("uint8", 1, 2, 5, 6, 8), i("int8", 3, 2, 3, 3, 2, 8, 4), i("int32", 24)),
+            ),
         ]
 
 
-def correlate(x: Array, w: Array, stride: Pair, padding: Padding, dilation: Pair, groups: int) -> Array:
+def correlate(x: Array, w: Array, stride: Pair, padding: Padding, dilation: Pair, groups: int, fill: int = 0) -> Array:
     """Cross-correlation of float64 arrays x (N, C, H, W) and w (O, C/groups, KH, KW): one product per kernel position."""
     n, _, h, wd = x.shape
     o, i, kh, kw = w.shape
     oh = conv_extent(h, kh, stride[0], padding[0], dilation[0])
     ow = conv_extent(wd, kw, stride[1], padding[1], dilation[1])
-    xp = np.pad(x, ((0, 0), (0, 0), *padding)).reshape(n, groups, i, h + sum(padding[0]), wd + sum(padding[1]))
+    xp = np.pad(x, ((0, 0), (0, 0), *padding), constant_values=fill).reshape(
+        n, groups, i, h + sum(padding[0]), wd + sum(padding[1])
+    )
     wg = w.reshape(groups, o // groups, i, kh, kw)
     y = np.zeros((n, groups, o // groups, oh * ow))
     for r in range(kh):

@@ -14,7 +14,7 @@ from paring.ir.types import TensorType
 
 @dataclass(frozen=True)
 class PackConvWeight(Movement):
-    """OIHW -> OIHW{i}i{o}o, output and input channels padded with zeros to whole blocks."""
+    """OIHW -> OIHW{i}i{o}o or OIHW{i}i{o}o{g}i, output and input channels padded with zeros to whole blocks."""
 
     name = "pack_conv_weight"
     layout: str
@@ -25,22 +25,21 @@ class PackConvWeight(Movement):
         require(blocks is not None, f"{self.layout} is not a blocked layout")
         assert blocks is not None
         o, i, kh, kw = w.shape
-        return w.with_shape((lay.blocks_of(o, blocks[1]), lay.blocks_of(i, blocks[0]), kh, kw, *blocks))
+        tail = lay.weight_tail(self.layout)
+        return w.with_shape((lay.blocks_of(o, blocks[1]), lay.blocks_of(i, blocks[0]), kh, kw, *tail))
 
     def ref(self, *arrays: Array) -> Array:
-        blocks = lay.weight_blocks(self.layout)
-        assert blocks is not None
-        return lay.block_conv_weight(arrays[0], *blocks)
+        return lay.block_conv_weight(arrays[0], self.layout)
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
-        weight = TensorType("float32", (6, 3, 2, 3))
-        return [(cls("OIHW4i4o"), (weight,)), (cls("OIHW1i4o"), (weight,))]
+        weight, bytes_ = (TensorType(dtype, (6, 3, 2, 3)) for dtype in ("float32", "int8"))
+        return [(cls("OIHW4i4o"), (weight,)), (cls("OIHW1i4o"), (weight,)), (cls("OIHW2i4o4i"), (bytes_,))]
 
 
 @dataclass(frozen=True)
 class PackLinearWeight(Movement):
-    """OI -> OI{o}o, outputs padded with zeros to whole blocks."""
+    """OI -> OI{o}o or OI{o}o{g}i, outputs (and inputs) padded with zeros to whole blocks."""
 
     name = "pack_linear_weight"
     layout: str
@@ -50,13 +49,12 @@ class PackLinearWeight(Movement):
         require(w.rank == 2, "the weight has two dimensions", why=f"{w}")
         require(block is not None, f"{self.layout} is not a blocked layout")
         assert block is not None
-        return w.with_shape((lay.blocks_of(w.shape[0], block), w.shape[1], block))
+        group = lay.linear_group(self.layout)
+        return w.with_shape((lay.blocks_of(w.shape[0], block), lay.blocks_of(w.shape[1], group), *lay.linear_tail(self.layout)))
 
     def ref(self, *arrays: Array) -> Array:
-        block = lay.linear_block(self.layout)
-        assert block is not None
-        return lay.block_linear_weight(arrays[0], block)
+        return lay.block_linear_weight(arrays[0], self.layout)
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
-        return [(cls("OI4o"), (TensorType("float32", (6, 3)),))]
+        return [(cls("OI4o"), (TensorType("float32", (6, 3)),)), (cls("OI4o4i"), (TensorType("int8", (6, 7)),))]

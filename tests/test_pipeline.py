@@ -35,7 +35,7 @@ def equal(a: Array, b: Array) -> bool:
 
 
 def blocked(block: int) -> tuple[Pass, ...]:
-    return parse_pipeline(pipeline("blocked", {"block": block}))
+    return parse_pipeline(pipeline("blocked", {"block": block, "group": 4}))
 
 
 def run_checked(graph: Graph, block: int, *, every: bool = True) -> Result:
@@ -117,7 +117,7 @@ def test_a_second_run_changes_nothing_more() -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_reads_back(name: str) -> None:
-    passes = parse_pipeline(pipeline(name, {"block": 8}))
+    passes = parse_pipeline(pipeline(name, {"block": 8, "group": 4}))
     assert parse_pipeline(show_pipeline(passes)) == passes
     assert len(passes) == len(PIPELINES[name])
 

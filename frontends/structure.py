@@ -13,16 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from paring.frontends.records import TupleRecord
 from paring.ir.errors import ArtifactError, InputError
 from paring.ir.graph import Graph
 from paring.ir.types import TensorType
 
 Key = str | int
-CONTAINERS = ("tuple", "list", "dict", "record")
+CONTAINERS = ("tuple", "list", "dict", "record", "sequence")
+# These go by names, the others by position.
+NAMED = ("dict", "record", "sequence")
 
 
 class Record(dict[Key, Any]):
-    """What stands for a model's own output class in a loaded network: entries by name, by position, and as attributes."""
+    """What stands for a model's own output class in a loaded network, one that is no tuple: entries by name, by position, and as
+    attributes.
+    """
 
     def __init__(self, class_name: str, entries: Mapping[Key, Any]) -> None:
         super().__init__(entries)
@@ -43,8 +48,8 @@ class Tree:
     """One place in a structure.
 
     kind `tensor`: leaf number `index`. kind `constant`: `value`, None or a Python scalar. Containers hold `children`; those of
-    a dict or a record (any other class, named `name`) go by `keys`. `make` rebuilds a record where its class is at hand; it is
-    not part of the data.
+    a dict, a record or a sequence have `keys`. A record is any other class, named `name`, a sequence one whose entries go by
+    position (a namedtuple, torch.return_types). `make` rebuilds these where their class is at hand; it is not part of the data.
     """
 
     kind: str
@@ -62,7 +67,7 @@ class Tree:
         if self.kind == "constant":
             return {"kind": "constant", "value": self.value}
         data: dict[str, Any] = {"kind": self.kind, "children": [child.to_json() for child in self.children]}
-        if self.kind in ("dict", "record"):
+        if self.kind in NAMED:
             data |= {"name": self.name, "keys": list(self.keys)}
         return data
 
@@ -77,7 +82,7 @@ class Tree:
         if kind == "constant" and isinstance(value, bool | int | float | str | None):
             return Tree("constant", value=value)
         fits = kind in CONTAINERS and isinstance(children, list) and isinstance(keys, list) and isinstance(name, str)
-        named = kind in ("dict", "record")
+        named = kind in NAMED
         if not fits or not all(isinstance(k, str | int) for k in keys) or len(keys) != (len(children) if named else 0):
             raise ArtifactError("the structure of inputs or outputs is damaged", why=f"at {str(data)[:80]}")
         return Tree(kind, name=name, keys=tuple(keys), children=tuple(Tree.from_json(child) for child in children))
@@ -186,8 +191,8 @@ def _keys(tree: Tree) -> Sequence[Key]:
 def _entry(tree: Tree, key: Key, value: Any, where: str) -> Any:
     """One entry of a container given by the caller, after a check that the container is the expected one."""
     wanted = f"{tree.name or tree.kind} of {len(tree.children)}"
-    if tree.kind in ("tuple", "list"):
-        if not isinstance(value, tuple | list) or len(value) != len(tree.children):
+    if tree.kind in ("tuple", "list", "sequence"):
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(tree.children):
             raise InputError(f"{where} is {_brief(value)}, expected a {wanted}", where=where)
         return value[int(key)]
     if tree.kind == "dict":
@@ -289,6 +294,8 @@ def _build(tree: Tree, leaves: Sequence[Any]) -> Any:
         return tree.make(children)
     if tree.kind in ("tuple", "list"):
         return tuple(children) if tree.kind == "tuple" else children
+    if tree.kind == "sequence":
+        return TupleRecord(tree.name, [str(key) for key in tree.keys], children)
     entries = dict(zip(tree.keys, children, strict=True))
     return entries if tree.kind == "dict" else Record(tree.name, entries)
 

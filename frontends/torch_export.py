@@ -250,6 +250,8 @@ def _tree(spec: pytree.TreeSpec, leaves: Iterator[Tree]) -> Tree:
     own = spec.context if isinstance(spec.context, type) else kind
     unflatten = pytree.SUPPORTED_NODES[kind].unflatten_fn
     make = partial(_unflatten, unflatten, spec.context)
+    if issubclass(own, Sequence):
+        return Tree("sequence", name=own.__name__, keys=_field_names(own, len(children)), children=children, make=make)
     return Tree("record", name=own.__name__, keys=keys, children=children, make=make)
 
 
@@ -259,6 +261,12 @@ def _ordered(keys: tuple[Any, ...], children: list[Any]) -> Any:
 
 def _unflatten(unflatten: Callable[[Any, Any], Any], context: Any, children: list[Any]) -> Any:
     return unflatten(children, context)
+
+
+def _field_names(own: type, count: int) -> tuple[str, ...]:
+    """Names of the entries of a tuple class; of torch.return_types they are in the names that `match` takes."""
+    names = getattr(own, "_fields", None) or getattr(own, "__match_args__", ())
+    return tuple(names) if len(names) == count else tuple(map(str, range(count)))
 
 
 def _keys(context: Any, count: int) -> tuple[Any, ...]:

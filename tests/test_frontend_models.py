@@ -182,12 +182,30 @@ def test_specification_goes_through_json() -> None:
     outputs = interpret(imported.graph, loaded.flatten_inputs(args, kwargs))
     ordered, pair, result, _, _ = loaded.unflatten_outputs(outputs, False)
     assert type(ordered) is dict
-    assert isinstance(pair, Record)
-    assert np.array_equal(pair.first, pair[0])
+    assert isinstance(pair, tuple)
+    first, _ = pair
+    assert pair.first is pair[0] is first
+    assert isinstance(result, Record)
     assert result.class_name == "Result"
     assert np.array_equal(result["x"], result.x)
     with pytest.raises(AttributeError, match="has no entry"):
         _ = result.nothing
+
+
+def test_a_tuple_class_of_torch_goes_through_json_as_a_tuple() -> None:
+    class Greatest(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return torch.max(x, 1)
+
+    x = torch.tensor([[1.0, 3.0], [5.0, 4.0]])
+    imported = import_model(Greatest(), (x,))
+    loaded = spec_from_json(json.loads(json.dumps(spec_to_json(imported))))
+    found = loaded.unflatten_outputs(interpret(imported.graph, [x.numpy()]), True)
+    values, indices = found
+    assert torch.equal(values, torch.tensor([3.0, 5.0]))
+    assert torch.equal(indices, torch.tensor([1, 0]))
+    assert found.values is values
+    assert found.indices is found[1]
 
 
 @pytest.mark.parametrize("path", ["labels", "types", "inputs", "outputs", "parameters"])

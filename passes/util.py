@@ -21,7 +21,7 @@ def const_value(node: Node) -> Array:
 
 
 def constant(array: Array, loc: Loc | None = None) -> Node:
-    return Node(Const(np.ascontiguousarray(array)), (), loc)
+    return Node(Const(np.asarray(array)), (), loc)
 
 
 def splat_value(node: Node) -> float | None:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from paring.ir import Graph, Input, Node, interpret, parse, same, show
 from paring.ir.errors import ArgumentError, IRTypeError, ParingError, ParseError
 from paring.ir.op import Array
-from paring.ir.ops import binary, shape, unary
+from paring.ir.ops import binary, reduce, shape, unary
 from paring.ir.verify import verify
 from paring.passes.base import Pass
 from paring.passes.contract import Close, Exact, Lossy, allowed_ulps, compose, difference
@@ -110,6 +110,14 @@ def test_a_second_run_changes_nothing_more() -> None:
         graph = run_pipeline(random_graph(np.random.default_rng(seed), 10), simplify).graph
         again = run_pipeline(graph, parse_pipeline("const-fold, cse")).graph
         assert same(graph, again)
+
+
+def test_a_folded_value_keeps_its_shape() -> None:
+    x = Node(Input("x", "float32", (0, 3)))
+    graph = Graph((x,), tuple(Node(reduce.Sum((0, 1), keep), (x,)) for keep in (False, True)))
+    folded = run_pipeline(graph, parse_pipeline("const-fold")).graph
+    assert [node.type for node in folded.outputs] == [node.type for node in graph.outputs]
+    assert folded.outputs[0].op.name == "const"
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

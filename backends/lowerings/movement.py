@@ -221,7 +221,7 @@ def _padded(kernel: Kernel, w: Node, index: Index) -> Value:
 
 
 def _lookup(kernel: Kernel, indices: Node, index: Index, size: int) -> Value:
-    """One index read from a tensor. It lies inside by contract; the clamp keeps a broken promise harmless."""
+    """One index read from a tensor, clamped."""
     return cast(clamp(kernel.value(indices, index), size), "int32")
 
 

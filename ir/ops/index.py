@@ -1,4 +1,4 @@
-"""Look-ups by index, and triangular masks."""
+"""Look-ups by index, and triangular masks. An index out of range is clamped: it stands for the first or the last position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _f(*shape: int) -> TensorType:
 
 @dataclass(frozen=True)
 class Gather(Op):
-    """numpy.take: x[..., indices, ...] along one axis (embedding, index_select). Indices lie in [0, size)."""
+    """numpy.take: x[..., indices, ...] along one axis (embedding, index_select). Indices are clamped to [0, size - 1]."""
 
     name = "gather"
     arity = (2, 2)
@@ -26,13 +26,14 @@ class Gather(Op):
         x, indices = types
         require(indices.dtype in ("int32", "int64"), "indices are int32 or int64", why=f"{indices}")
         require(0 <= self.axis < x.rank, f"axis {self.axis} is out of range", why=f"{x}")
+        require(x.shape[self.axis] > 0 or indices.size == 0, "nothing to choose from", why=f"{x}")
         return x.with_shape((*x.shape[: self.axis], *indices.shape, *x.shape[self.axis + 1 :]))
 
     def ref(self, *arrays: Array) -> Array:
-        return np.take(arrays[0], arrays[1], self.axis)
+        return np.take(arrays[0], arrays[1], self.axis, mode="clip")
 
     def magnitude(self, result: Array, values: tuple[Array, ...], bounds: tuple[Array, ...]) -> Array:
-        return np.take(bounds[0], values[1], self.axis)
+        return np.take(bounds[0], values[1], self.axis, mode="clip")
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:
@@ -42,7 +43,7 @@ class Gather(Op):
 
 @dataclass(frozen=True)
 class GatherElements(Op):
-    """numpy.take_along_axis: the result has the shape of the indices. Indices lie in [0, size)."""
+    """numpy.take_along_axis: the result has the shape of the indices, which are clamped to [0, size - 1]."""
 
     name = "gather_elements"
     arity = (2, 2)
@@ -54,11 +55,12 @@ class GatherElements(Op):
         require(0 <= self.axis < x.rank == indices.rank, "x and indices differ in rank", why=f"{x}, {indices}")
         inside = all(i <= s for d, (i, s) in enumerate(zip(indices.shape, x.shape, strict=True)) if d != self.axis)
         require(inside, "indices are larger than x", why=f"{indices} on {x}")
+        require(x.shape[self.axis] > 0 or indices.size == 0, "nothing to choose from", why=f"{x}")
         return x.with_shape(indices.shape)
 
     def _take(self, x: Array, indices: Array) -> Array:
         corner = tuple(slice(None) if d == self.axis else slice(0, s) for d, s in enumerate(indices.shape))
-        return np.take_along_axis(x[corner], indices.astype(np.int64), self.axis)
+        return np.take_along_axis(x[corner], np.clip(indices.astype(np.int64), 0, x.shape[self.axis] - 1), self.axis)
 
     def ref(self, *arrays: Array) -> Array:
         return self._take(arrays[0], arrays[1])

@@ -23,14 +23,34 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import psutil
 import safetensors.numpy
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 
 from paring.backends.build import Built, Progress, build
+from paring.backends.manifest import (
+    FILES,
+    FORMAT,
+    GRAPH,
+    LIBRARY,
+    MANIFEST,
+    MIB,
+    REBUILD,
+    REPORT,
+    WEIGHTS,
+    FileEntry,
+    Fingerprint,
+    Head,
+    Manifest,
+    TensorSpec,
+    as_report,
+    as_text,
+    opened,
+    read_file,
+    read_manifest,
+)
 from paring.backends.memory import plan
 from paring.backends.targets import TARGETS, Target, for_host, host_arch, missing_flags
 from paring.ir.errors import ArtifactError, IRTypeError, ParseError
@@ -39,74 +59,8 @@ from paring.ir.ops.core import Input
 from paring.ir.parser import parse
 from paring.ir.text import constants, show
 
-# Raised whenever the files, or the order of what `main` takes and returns, change their meaning.
-FORMAT = 1
-
-MANIFEST = "manifest.json"
-GRAPH, WEIGHTS, LIBRARY, REPORT = "graph.ir", "weights.safetensors", "lib.so", "report.json"
-FILES = (GRAPH, WEIGHTS, LIBRARY, REPORT)
-
-MIB = 1 << 20
-# Most bytes that are read of each file; weights may fill the memory of the machine, but no more.
-LIMITS = {MANIFEST: 16 * MIB, GRAPH: 512 * MIB, LIBRARY: 1024 * MIB, REPORT: 64 * MIB}
-
 # e_machine of ELF, at byte 18.
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
-
-_REBUILD = "load(path, rebuild=True) compiles it again from its graph and weights"
-
-Count = Annotated[int, Field(ge=0, le=1 << 48)]
-Name = Annotated[str, StringConstraints(max_length=4096)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-
-
-class FileEntry(_Model):
-    size: Count
-    sha256: Digest
-
-
-class TensorSpec(_Model):
-    name: Name
-    dtype: Name
-    shape: tuple[Count, ...]
-
-
-class Fingerprint(_Model):
-    """What of a target decides whether a library fits."""
-
-    name: Name
-    arch: Name
-    cpu: Name
-    features: tuple[Name, ...]
-    needs: tuple[Name, ...]
-    lanes: Count
-    registers: Count
-    block: Count
-    l1: Count
-    l2: Count
-    cores: Count
-
-
-class Manifest(_Model):
-    format: int
-    versions: dict[Name, Name]
-    target: Fingerprint
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    structure: dict[str, JsonValue]
-    weights: tuple[Digest, ...]  # in the order in which the library's `main` takes them
-    files: dict[Name, FileEntry]
-
-
-class _Head(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-    format: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,15 +72,6 @@ class Artifact:
     report: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What an artifact says of itself. Its hashes have been checked; nothing of it has been run."""
-
-    manifest: Manifest
-    graph: str
-    report: dict[str, Any]
-
-
 def save(path: str | Path, built: Built, *, structure: Mapping[str, JsonValue], report: Mapping[str, JsonValue]) -> None:
     """Write a network to `path`, whole or not at all; an artifact that is already there is replaced.
 
@@ -135,12 +80,16 @@ def save(path: str | Path, built: Built, *, structure: Mapping[str, JsonValue], 
     """
     path = Path(path)
     try:
+        if not path.parent.is_dir():
+            raise ArtifactError(f"cannot write {path}", why=f"there is no folder {path.parent}", hint="make that folder first")
         if os.path.lexists(path) and not _is_artifact(path):
             raise ArtifactError(f"{path} exists and is not a saved network", hint="give another name, or remove it")
         with _sibling(path) as folder:
             (folder / GRAPH).write_bytes(show(built.graph).encode())
             # Straight into the file: weights are large, and are not copied once more to be hashed.
             safetensors.numpy.save_file(dict(sorted(constants(built.graph).items())), folder / WEIGHTS)
+            # It makes files that only their owner may read.
+            (folder / WEIGHTS).chmod(stat.S_IMODE((folder / GRAPH).stat().st_mode))
             (folder / LIBRARY).write_bytes(built.library)
             (folder / REPORT).write_bytes(_json(dict(report)))
             files = {name: _entry(folder / name) for name in FILES}
@@ -149,17 +98,11 @@ def save(path: str | Path, built: Built, *, structure: Mapping[str, JsonValue], 
                 _sync(folder / name)
             _replace(folder, path)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"cannot write {path}", why=str(error), hint="see to space and permissions there") from error
+        # Its own text has the name of a temporary folder.
+        why = getattr(error, "strerror", None) or str(error)
+        raise ArtifactError(f"cannot write {path}", why=why, hint="see to space and permissions there") from error
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"cannot write {path}", why=f"structure or report is not JSON: {error}") from error
-
-
-def inspect(path: str | Path) -> Inspection:
-    """What is in an artifact, without running any of it. Raises ArtifactError where it is damaged."""
-    with _opened(Path(path)) as folder:
-        manifest = _read_manifest(folder)
-        contents = {name: _read(folder, name, manifest.files[name]) for name in FILES}
-    return Inspection(manifest, _text(contents[GRAPH]), _report(contents[REPORT]))
 
 
 def load(path: str | Path, rebuild: bool = False, device: str | None = None, progress: Progress | None = None) -> Artifact:
@@ -168,11 +111,11 @@ def load(path: str | Path, rebuild: bool = False, device: str | None = None, pro
     `rebuild=True` compiles it again for the recorded target instead of taking its library. `device` is where it is to run,
     when that is not what its target says. Raises ArtifactError for anything damaged, newer, or not fit for this machine.
     """
-    with _opened(Path(path)) as folder:
-        manifest = _read_manifest(folder)
+    with opened(Path(path)) as folder:
+        manifest = read_manifest(folder)
         # The library of an artifact that is being rebuilt may be damaged or foreign: it is not even read.
         names = [name for name in FILES if name != LIBRARY or not rebuild]
-        contents = {name: _read(folder, name, manifest.files[name]) for name in names}
+        contents = {name: read_file(folder, name, manifest.files[name]) for name in names}
     graph = _graph(contents[GRAPH], contents[WEIGHTS], manifest)
     target = _target(manifest.target)
     if rebuild:
@@ -181,8 +124,8 @@ def load(path: str | Path, rebuild: bool = False, device: str | None = None, pro
         _check_fit(manifest, target, contents[LIBRARY], device)
         built = Built(target, plan(graph), contents[LIBRARY])
         if tuple(op.digest for op in built.plan.weights) != manifest.weights:
-            raise ArtifactError("this version would hand the weights over in another order", hint=_REBUILD)
-    return Artifact(manifest, built, _report(contents[REPORT]))
+            raise ArtifactError("this version would hand the weights over in another order", hint=REBUILD)
+    return Artifact(manifest, built, as_report(contents[REPORT]))
 
 
 def _entry(path: Path) -> FileEntry:
@@ -228,7 +171,7 @@ def _is_artifact(path: Path) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
     try:
-        _Head.model_validate_json((path / MANIFEST).read_bytes())
+        Head.model_validate_json((path / MANIFEST).read_bytes())
     except (FileNotFoundError, ValidationError):
         return False
     return set(os.listdir(path)) <= {MANIFEST, *FILES}
@@ -273,92 +216,11 @@ def _replace(folder: Path, path: Path) -> None:
         _sync(path.parent)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """A handle of the artifact's directory: what is read through it cannot lie elsewhere."""
-    try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"no saved network at {path}", why=str(error)) from error
-    try:
-        yield folder
-    except ArtifactError as error:
-        raise ArtifactError(error.what, where=f"{path} {error.where}".rstrip(), why=error.why, hint=error.hint) from None
-    finally:
-        os.close(folder)
-
-
-def _read(folder: int, name: str, entry: FileEntry | None) -> bytes:
-    """The bytes of one file, which the entry must describe. `name` is one of ours, never one out of a manifest."""
-    limit = min(LIMITS.get(name, 1 << 48), psutil.virtual_memory().total)
-    try:
-        # NONBLOCK: opening a pipe that somebody put there must not wait for a writer.
-        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise ArtifactError("a saved network holds plain files only", where=name)
-            if status.st_size > limit:
-                raise ArtifactError(f"the file has {status.st_size} bytes, at most {limit} are read", where=name)
-            if entry is not None and status.st_size != entry.size:
-                raise ArtifactError(f"the file has {status.st_size} bytes, the manifest says {entry.size}", where=name)
-            content = file.read(status.st_size)
-    except OSError as error:
-        raise ArtifactError("a file cannot be read", where=name, why=str(error)) from error
-    if entry is not None and hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise ArtifactError("the file is damaged: its sha256 is not the one in the manifest", where=name)
-    return content
-
-
-def _read_manifest(folder: int) -> Manifest:
-    content = _read(folder, MANIFEST, None)
-    try:
-        found = _Head.model_validate_json(content).format
-        if found > FORMAT:
-            newer = f"it has format {found}, this version reads up to {FORMAT}"
-            raise ArtifactError("the network was saved by a newer Paring", why=newer, hint="upgrade Paring")
-        manifest = Manifest.model_validate_json(content)
-    except (ValidationError, RecursionError) as error:
-        raise ArtifactError("the manifest is damaged", where=MANIFEST, why=_first(error)) from None
-    if found != FORMAT:
-        raise ArtifactError(f"unknown format {found}", where=MANIFEST)
-    if set(manifest.files) != set(FILES):
-        raise ArtifactError("the manifest does not name the files of a saved network", where=MANIFEST)
-    extra = sorted(set(os.listdir(folder)) - {MANIFEST, *FILES})
-    if extra:
-        raise ArtifactError("the directory holds files that do not belong to a saved network", where=repr(extra[0])[:200])
-    return manifest
-
-
-def _first(error: ValidationError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deep"
-    details = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, details['loc']))[:200]}: {details['msg'][:200]}"
-
-
-def _text(content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ArtifactError("the graph is not text", where=GRAPH, why=str(error)) from None
-
-
-def _report(content: bytes) -> dict[str, Any]:
-    try:
-        report = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError("the report is not JSON", where=REPORT, why=str(error)) from None
-    if not isinstance(report, dict):
-        raise ArtifactError("the report is not a JSON object", where=REPORT)
-    return report
-
-
 def _graph(text: bytes, weights: bytes, manifest: Manifest) -> Graph:
     """The graph with its constants. Digests of constants are checked as it is read."""
     try:
         arrays = safetensors.numpy.load(weights)
-        graph = parse(_text(text), arrays)
+        graph = parse(as_text(text), arrays)
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtifactError("the weights cannot be read", where=WEIGHTS, why=str(error)[:500]) from None
     except (ParseError, IRTypeError) as error:
@@ -382,11 +244,11 @@ def _check_fit(manifest: Manifest, target: Target, library: bytes, device: str |
     ours = _versions()
     if manifest.versions.get("apache-tvm", "").split(".")[:2] != ours["apache-tvm"].split(".")[:2]:
         why = f"saved with TVM {manifest.versions.get('apache-tvm')}, this is {ours['apache-tvm']}"
-        raise ArtifactError("the library is of another version of TVM", why=why, hint=_REBUILD)
+        raise ArtifactError("the library is of another version of TVM", why=why, hint=REBUILD)
     if manifest.target != _fingerprint(target):
-        raise ArtifactError(f"the target {target.name} has changed since it was compiled", hint=_REBUILD)
+        raise ArtifactError(f"the target {target.name} has changed since it was compiled", hint=REBUILD)
     if library[:4] != b"\x7fELF" or int.from_bytes(library[18:20], "little") != ELF_MACHINES[target.arch]:
-        raise ArtifactError(f"the library is not code for {target.arch}", where=LIBRARY, hint=_REBUILD)
+        raise ArtifactError(f"the library is not code for {target.arch}", where=LIBRARY, hint=REBUILD)
     missing = missing_flags(target)
     if device in (None, "host") and target.arch == host_arch() and missing:
         hint = "compile it for this machine, or give the device that it is to run on"

@@ -29,9 +29,10 @@ from paring.ir.text import same
 pytest.importorskip("tvm")
 
 from paring.backends import artifact
-from paring.backends.artifact import FILES, FORMAT, GRAPH, LIBRARY, MANIFEST, REPORT, WEIGHTS, inspect, load, save
+from paring.backends.artifact import load, save
 from paring.backends.build import Built, build
 from paring.backends.devices import open_executable
+from paring.backends.manifest import FILES, FORMAT, GRAPH, LIBRARY, MANIFEST, REPORT, WEIGHTS, inspect
 from paring.backends.targets import TARGETS, Target, resolve
 
 STRUCTURE = {"inputs": ["x"], "outputs": {"logits": 0}}
@@ -118,7 +119,7 @@ def test_another_process_gives_the_same_library(tmp_path: Path, saved: Path) -> 
 
 def test_inspection_executes_nothing(saved: Path) -> None:
     script = (
-        "import sys, os, ctypes, subprocess; from paring.backends.artifact import inspect;"
+        "import sys, os, ctypes, subprocess; from paring.backends.manifest import inspect;"
         "before = open('/proc/self/maps').read().count('lib.so');"
         "sys.addaudithook(lambda event, a: event in ('ctypes.dlopen', 'subprocess.Popen', 'os.system') and os._exit(9));"
         "found = inspect(sys.argv[1]);"

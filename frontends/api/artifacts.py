@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from paring.backends import artifact
-from paring.backends.devices import open_executable
+from paring.backends import lean, manifest
 from paring.frontends.structure import spec_from_json, spec_to_json
 from paring.ir.errors import ArgumentError, ArtifactError, ParingError
 from paring.network import Network, Tell, Version
@@ -18,6 +17,8 @@ def save(version: Version, path: Path) -> Path:
     """Write one version of a network. The same network gives the same bytes."""
     if version.built is None:
         raise ArgumentError(f"a network for {version.target.name} has no library to save", hint="compile it for another target")
+    from paring.backends import artifact
+
     report = {"ledger": version.result.ledger.as_json(times=False)}
     artifact.save(path, version.built, structure=spec_to_json(version.signature), report=report)
     return path
@@ -30,6 +31,10 @@ def load(path: str | Path, *, rebuild: bool = False, device: str | None = None, 
     program and weights instead of loading the saved library. `device` is for networks of a foreign target.
     Raises ArtifactError for anything damaged, newer than this release, or not made for this machine.
     """
+    lean.import_tvm()
+    from paring.backends import artifact
+    from paring.backends.devices import open_executable
+
     tell = (lambda done, total, name: progress("kernels", done, total)) if progress else None
     found = artifact.load(path, rebuild, device, tell)
     signature = spec_from_json(found.manifest.structure)
@@ -50,5 +55,5 @@ def _ledger(report: dict[str, Any], path: str | Path) -> Ledger:
 
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a saved network says of itself: manifest, program text, report. Hashes are checked; nothing is executed."""
-    found = artifact.inspect(path)
+    found = manifest.inspect(path)
     return {"manifest": found.manifest.model_dump(mode="json"), "graph": found.graph, "report": found.report}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +16,8 @@ from paring.backends.artifact import load
 from paring.backends.build import Built, buffer_shape
 from paring.backends.emulator import Emulator
 from paring.backends.runtime import Executable, Network
-from paring.backends.targets import Target, missing_flags
-from paring.ir.errors import ArgumentError, TargetError
+from paring.backends.targets import RPC, Target, check_device, missing_flags
+from paring.ir.errors import TargetError
 from paring.ir.op import Array
 
 R = TypeVar("R")
@@ -96,6 +95,7 @@ def open_executable(source: Built | str | Path, target: Target | None = None, de
     """
     built = source if isinstance(source, Built) else load(source).built
     target = target or built.target
+    check_device(target, device)
     if device is None:
         device = target.device
     if not isinstance(device, str):
@@ -109,10 +109,18 @@ def open_executable(source: Built | str | Path, target: Target | None = None, de
         return RemoteExecutable(built, _on_device(Emulator))
     if device == "":
         raise TargetError(f"a network for {target.name} does not run on this host", hint=_FOREIGN)
-    match = re.fullmatch(r"rpc://(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", device)
-    if not match:
-        raise ArgumentError(f"unknown device {device!r}", hint='"host", "emulator" or "rpc://HOST:PORT"')
-    return RemoteExecutable(built, _on_device(lambda: RpcDevice(match[1].strip("[]"), int(match[2]))))
+    match = RPC.fullmatch(device)
+    assert match
+    return RemoteExecutable(built, _connect(match[1].strip("[]"), int(match[2])))
+
+
+def _connect(host: str, port: int) -> RpcDevice:
+    try:
+        return RpcDevice(host, port)
+    except (RuntimeError, OSError) as error:
+        what, why = f"no device answers at {host}:{port}", str(error).strip().splitlines()[-1]
+        hint = f"start TVM's server there: python -m tvm.exec.rpc_server --host 127.0.0.1 --port {port}"
+        raise TargetError(what, why=why, hint=hint) from error
 
 
 _FOREIGN = 'give a device ("emulator", "rpc://HOST:PORT"), or save the network and run it on a machine of that kind'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import platform
+import re
 from dataclasses import dataclass, replace
 
 import psutil
@@ -153,6 +154,24 @@ def resolve(name: str) -> Target:
     # A foreign host: the least demanding entry can still be built where there is a linker, and saved.
     here = [candidate for candidate in ALIASES[name] if TARGETS[candidate].arch == host_arch()]
     return for_host(TARGETS[(here or ALIASES[name])[-1]])
+
+
+# Where a device behind TVM's RPC server is.
+RPC = re.compile(r"rpc://(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})")
+EMULATED = "aarch64"
+
+
+def check_device(target: Target, device: object) -> None:
+    """Raise ArgumentError for the name of a device that does not exist, or never runs code for the target."""
+    if device is None or not isinstance(device, str) or device == "host":
+        return
+    if device != "emulator" and not RPC.fullmatch(device):
+        raise ArgumentError(f"unknown device {device!r}", hint='"host", "emulator" or "rpc://HOST:PORT"')
+    if target.name == REFERENCE.name:
+        raise ArgumentError("the reference interpreter runs on this host only", hint=f"leave out the device {device!r}")
+    if device == "emulator" and target.arch != EMULATED:
+        what = f"the emulator runs code for arm, this network is for {target.name}"
+        raise ArgumentError(what, hint="leave the device out, or compile for target='arm'")
 
 
 def for_host(target: Target) -> Target:

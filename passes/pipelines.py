@@ -23,6 +23,8 @@ PASSES: dict[str, type[Pass]] = {
     for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
 }
 
+HOW = "give passes by name, like 'cse, layout{block=16}', or objects: [Cse(), 'dce']"
+
 _SIMPLIFY = ("canonicalize", "const-fold", "cse", "dce")
 
 PIPELINES: dict[str, tuple[str, ...]] = {
@@ -55,9 +57,17 @@ def pipeline(name: str, options: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def parse_pipeline(steps: str | Iterable[str | Pass], extra: Mapping[str, type[Pass]] | None = None) -> tuple[Pass, ...]:
-    """Passes from text (`a, b{x=1}`) or from a sequence of texts and passes. `extra` adds passes to the table."""
+    """Passes from text (`a, b{x=1}`) or from a sequence of texts and passes. `extra` adds passes to the table.
+
+    Raises ArgumentError for anything else.
+    """
     table = {**PASSES, **(extra or {})}
+    if not isinstance(steps, Iterable):
+        raise ArgumentError(f"passes are text or a sequence, not {steps!r}", hint=HOW)
     parts: Sequence[str | Pass] = split_pipeline(steps) if isinstance(steps, str) else tuple(steps)
+    for part in parts:
+        if not isinstance(part, str | Pass):
+            raise ArgumentError(f"{part!r} is not a pass", hint=HOW)
     return tuple(part if isinstance(part, Pass) else parse_pass(part, table) for part in parts)
 
 

@@ -332,8 +332,11 @@ def test_a_device_that_fails(built: Built) -> None:
 
     with pytest.raises(TargetError, match="gone"):
         open_executable(built, device=Broken())  # type: ignore[arg-type]
-    with pytest.raises(TargetError):
+    with pytest.raises(TargetError, match="no device answers") as caught:
         open_executable(built, device="rpc://127.0.0.1:1")
+    assert "rpc_server" in caught.value.hint
+    with pytest.raises(ArgumentError, match="the emulator runs code for arm"):
+        open_executable(built, device="emulator")
 
 
 @pytest.mark.skipif(bool(emulator.missing()), reason=f"no emulated device: {emulator.missing()}")

@@ -87,6 +87,13 @@ class Tree:
             raise ArtifactError("the structure of inputs or outputs is damaged", why=f"at {str(data)[:80]}")
         return Tree(kind, name=name, keys=tuple(keys), children=tuple(Tree.from_json(child) for child in children))
 
+    def named(self, name: str = "") -> list[tuple[str, int]]:
+        """Each place for a tensor with what leads to it, like `logits` or `0.past`; a tensor alone is called `output`."""
+        if self.kind == "tensor":
+            return [(name or "output", self.index)]
+        start = f"{name}." if name else ""
+        return [place for key, child in zip(_keys(self), self.children, strict=True) for place in child.named(f"{start}{key}")]
+
     def leaves(self) -> int:
         """How many tensors the structure holds places for: the greatest index + 1."""
         return max([self.index + 1, *(child.leaves() for child in self.children)])
@@ -97,7 +104,7 @@ class Signature:
     """How a network is called: labels and types of its tensors, and the structures they come and go in.
 
     `inputs` is a tuple of (args tuple, kwargs dict); `parameters` names the positional arguments, so that those may also be
-    passed by name.
+    passed by name. `of_torch`: the model was one of torch's, so that without inputs it gives torch tensors.
     """
 
     labels: tuple[str, ...]
@@ -105,17 +112,18 @@ class Signature:
     inputs: Tree
     outputs: Tree
     parameters: tuple[str, ...] = ()
+    of_torch: bool = False
 
     def flatten_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[np.ndarray]:
         """The call's tensors as native contiguous arrays, in order. Raises InputError naming the input that does not fit."""
         args, kwargs = self._by_position(tuple(args), dict(kwargs or {}))
         found: dict[int, np.ndarray] = {}
         wanted_args, wanted_kwargs = self.inputs.children
+        self._check_names(args, kwargs)
         if len(args) != len(wanted_args.children):
-            raise InputError(f"expected {len(wanted_args.children)} positional inputs, got {len(args)}", hint=self._hint())
-        if set(kwargs) != set(wanted_kwargs.keys):
-            given, wanted = (", ".join(sorted(map(str, k))) or "none" for k in (kwargs, wanted_kwargs.keys))
-            raise InputError(f"expected the keyword inputs {wanted}, got {given}", hint=self._hint())
+            count = len(wanted_args.children)
+            what = f"expected {count} positional input{'s' * (count != 1)}, got {len(args)}"
+            raise InputError(what, hint=self._hint())
         for position, (tree, value) in enumerate(zip(wanted_args.children, args, strict=True)):
             self._take(tree, value, f"input {position}", found)
         for key, tree in zip(wanted_kwargs.keys, wanted_kwargs.children, strict=True):
@@ -134,6 +142,7 @@ class Signature:
             "inputs": self.inputs.to_json(),
             "outputs": self.outputs.to_json(),
             "parameters": list(self.parameters),
+            "of_torch": self.of_torch,
         }
 
     @staticmethod
@@ -145,6 +154,7 @@ class Signature:
         labels, types, parameters = (tuple(t) for t in texts if t is not None)
         inputs, outputs = Tree.from_json(data.get("inputs")), Tree.from_json(data.get("outputs"))
         signature = Signature(labels, tuple(TensorType.parse(t) for t in types), inputs, outputs, parameters)
+        signature = replace(signature, of_torch=data.get("of_torch") is True)
         shape_fits = [c.kind for c in inputs.children] == ["tuple", "dict"] and inputs.leaves() <= len(types) == len(labels)
         if not shape_fits:
             raise ArtifactError("the specification of inputs and outputs contradicts itself")
@@ -164,9 +174,42 @@ class Signature:
             args = (*args[: len(wanted_args.children)], *args[len(wanted_args.children) + 1 :])
         return args, kwargs
 
+    def _check_names(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise InputError for keyword inputs that are unknown, given twice, or missing."""
+        positional, named = self.inputs.children
+        wanted = named.keys
+        for name in kwargs:
+            if name in self.parameters[: len(args)]:
+                raise InputError(f"the input {name!r} is given twice, by position and by name", hint=self._hint())
+            if name not in (*wanted, *self.parameters[: len(positional.children)]):
+                why = "the network was compiled without it" if name in self.parameters else ""
+                raise InputError(f"unknown keyword input {name!r}", why=why, hint=self._hint())
+        missing = [repr(name) for name in wanted if name not in kwargs]
+        if missing:
+            raise InputError(f"missing keyword input{'s' * (len(missing) > 1)} {', '.join(missing)}", hint=self._hint())
+
+    def shown(self) -> str:
+        """What is given in a call: tensors with their types, constants with their values."""
+        args, kwargs = self.inputs.children
+        names = [*(f"{name}=" for name in self.parameters), *[""] * len(args.children)]
+        shown = [self._shown(names[i], tree) for i, tree in enumerate(args.children)]
+        return ", ".join(
+            [*shown, *(self._shown(f"{key}=", tree) for key, tree in zip(kwargs.keys, kwargs.children, strict=True))]
+        )
+
+    def _shown(self, name: str, tree: Tree) -> str:
+        if tree.kind == "tensor":
+            return f"{self.labels[tree.index]}: {self.types[tree.index]}"
+        if tree.kind == "constant":
+            return f"{name}{tree.value!r}"
+        inside = [
+            self._shown(f"{key}=" if tree.kind in NAMED else "", child)
+            for key, child in zip(_keys(tree), tree.children, strict=True)
+        ]
+        return f"{name}{tree.name or tree.kind}({', '.join(inside)})"
+
     def _hint(self) -> str:
-        shown = ", ".join(f"{label}: {type_}" for label, type_ in zip(self.labels, self.types, strict=True))
-        return f"the network takes {shown or 'no tensors'}"
+        return f"the network takes ({self.shown()})"
 
     def _take(self, tree: Tree, value: Any, where: str, found: dict[int, np.ndarray]) -> None:
         if tree.kind == "tensor":

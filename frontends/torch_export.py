@@ -74,7 +74,7 @@ def import_program(program: torch.export.ExportedProgram, *, parameters: tuple[s
     ops = [node.op for node in graph.inputs]
     labels = tuple(op.label for op in ops if isinstance(op, Input))
     types = tuple(node.type for node in graph.inputs)
-    return Imported(graph, Signature(labels, types, _input_tree(program), _output_tree(program), parameters))
+    return Imported(graph, Signature(labels, types, _input_tree(program), _output_tree(program), parameters, of_torch=True))
 
 
 def lower(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -176,7 +176,10 @@ def test_things_that_are_not_models() -> None:
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "too few": ((X,), {}, "expected 2 positional inputs, got 1"),
     "too many": ((X, X, X), {}, "expected 2 positional inputs, got 3"),
-    "unknown keyword": ((X, X), {"z": X}, "keyword inputs none, got z"),
+    "unknown keyword": ((X, X), {"z": X}, "unknown keyword input 'z'"),
+    "unknown keyword alone": ((), {"z": X}, "unknown keyword input 'z'"),
+    "given twice": ((X, X), {"x": X}, "'x' is given twice"),
+    "a gap": ((), {"y": X}, "expected 2 positional inputs, got 0"),
     "shape": ((X, torch.ones(2, 5)), {}, r"input 1 \(y\) has shape \[2, 5\], expected float32\[2,4\]"),
     "dtype": ((X.double(), X), {}, r"input 0 \(x\) has dtype float64, expected float32\[2,4\]"),
     "numpy dtype": ((np.ones((2, 4)), X), {}, "has dtype float64"),
@@ -200,6 +203,29 @@ def test_bad_calls(name: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         imported.flatten_inputs(args, kwargs)
     assert caught.value.hint
+
+
+def test_what_is_missing_is_named_with_the_constants_that_belong_there() -> None:
+    def scaled(x: torch.Tensor, scale: float | None = None, *, shift: torch.Tensor | None = None) -> torch.Tensor:
+        return x * (scale or 1.0) + (0.0 if shift is None else shift)
+
+    class Scaled(nn.Module):
+        forward = staticmethod(scaled)
+
+    imported = import_model(Scaled(), (X, None), {"shift": X})
+    hint = r"the network takes (x: float32[2,4], scale=None, shift: float32[2,4])"
+    for args, kwargs, message in (
+        ((X,), {"shift": X}, "expected 2 positional inputs, got 1"),
+        ((X, None), {}, "missing keyword input 'shift'"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            imported.flatten_inputs(args, kwargs)
+        assert caught.value.hint == hint
+    with pytest.raises(InputError, match="expected 1 positional input, got 0"):
+        import_model(Scaled(), (X,)).flatten_inputs(())
+    with pytest.raises(InputError, match="unknown keyword input 'scale'") as caught:
+        import_model(Scaled(), (X,)).flatten_inputs((X,), {"scale": 2.0})
+    assert caught.value.why == "the network was compiled without it"
 
 
 NESTED: dict[str, tuple[Any, str]] = {

@@ -20,6 +20,7 @@ import torch
 import paring
 from paring import errors
 from paring.bench.networks import small_mobilenet, small_resnet
+from paring.ir import Const, Graph, Node, TensorType
 
 
 def test_importing_is_quick_and_brings_in_neither_torch_nor_tvm() -> None:
@@ -38,7 +39,7 @@ def test_a_network_compiled_without_inputs_has_a_version_for_each_signature() ->
     for batch in (1, 3):
         images = torch.randn(batch, *x.shape[1:])
         torch.testing.assert_close(net(images), model(images))
-    assert "2 version(s)" in repr(net)
+    assert "2 versions" in repr(net)
     start = time.perf_counter()
     net(x)
     assert time.perf_counter() - start < 1
@@ -121,7 +122,11 @@ def test_profile_shows_where_time_goes_and_where_it_comes_from() -> None:
         ({"passes": "layout{block=}"}, errors.ParseError, "layout{block=16}"),
         ({"calibration": []}, errors.ArgumentError, ""),
         ({"dump": "/proc/nowhere"}, errors.ArgumentError, ""),
-        ({"target": "arm", "device": "toaster"}, errors.ArgumentError, ""),
+        ({"target": "arm", "device": "toaster"}, errors.ArgumentError, "rpc://"),
+        ({"target": "x86-avx2", "device": "emulator"}, errors.ArgumentError, "the emulator runs code for arm"),
+        ({"device": "emulator"}, errors.ArgumentError, "this host only"),
+        ({"passes": [3]}, errors.ArgumentError, "cse"),
+        ({"passes": 3}, errors.ArgumentError, "cse"),
     ],
 )
 def test_bad_arguments_say_what_to_do(options: dict[str, object], error: type[Exception], hint: str) -> None:
@@ -129,6 +134,87 @@ def test_bad_arguments_say_what_to_do(options: dict[str, object], error: type[Ex
     with pytest.raises(error) as caught:
         paring.compile(model, args, **{"target": "reference", **options})
     assert hint in str(caught.value)
+
+
+class Fixed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight + 1
+
+
+def test_a_network_without_inputs_gives_what_its_model_gives(tmp_path: Path) -> None:
+    net = paring.compile(Fixed().eval(), ())
+    assert torch.equal(net(), torch.full((3,), 2.0))
+    assert torch.equal(paring.load(net.save(tmp_path / "net.paring"))(), torch.full((3,), 2.0))
+    graph = paring.compile(Graph((), (Node(Const(np.ones(3, "float32"))),)), target="reference")
+    assert isinstance(graph(), np.ndarray)
+
+
+def test_one_version_is_saved_and_the_others_are_not_lost(tmp_path: Path) -> None:
+    net = paring.compile(torch.nn.Linear(3, 2).eval())
+    small, large = torch.ones(1, 3), torch.ones(5, 3)
+    net(small), net(large)
+    with pytest.raises(errors.ArgumentError, match="2 versions") as caught:
+        net.save(tmp_path / "net.paring")
+    assert caught.value.where == "input: float32[1,3]; input: float32[5,3]"
+    assert net.inputs == (("input", TensorType("float32", (5, 3))),)
+    again = paring.load(net.version(small).save(tmp_path / "net.paring"))
+    assert torch.equal(again(small), net(small))
+    assert again.inputs == (("input", TensorType("float32", (1, 3))),)
+    assert again.outputs == (("output", TensorType("float32", (1, 2))),)
+
+
+class Several(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> object:
+        return {"a": x.sum(), "b": (x, [x + 1])}
+
+
+def test_outputs_are_named_by_their_places() -> None:
+    net = paring.compile(Several(), (torch.ones(2),), target="reference")
+    assert [(name, str(t)) for name, t in net.outputs] == [("a", "float32[]"), ("b.0", "float32[2]"), ("b.1.0", "float32[2]")]
+
+
+def test_the_program_after_a_pass_that_changed_nothing(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU()).eval()
+    net = paring.compile(model, (torch.ones(1, 3),))
+    assert net.ir(after="fold-bn") == net.ir(after="import") != net.ir(after="canonicalize")
+    assert net.ir(after="fuse") == net.ir() != net.ir(after="import")
+    with pytest.raises(errors.ArgumentError, match="no pass 'fold-bm' was run"):
+        net.ir(after="fold-bm")
+    again = paring.load(net.save(tmp_path / "net.paring"))
+    with pytest.raises(errors.ArgumentError, match="no stages"):
+        again.ir(after="fold-bn")
+    assert again.ir(after="saved") == again.ir() == net.ir()
+
+
+def test_paths_that_cannot_be(tmp_path: Path) -> None:
+    net = paring.compile(torch.nn.ReLU(), (torch.ones(3),))
+    with pytest.raises(errors.ArtifactError, match="there is no folder") as caught:
+        net.save(tmp_path / "no" / "net.paring")
+    assert ".net.paring." not in str(caught.value)
+    with pytest.raises(errors.ArtifactError, match="not a saved network") as caught:
+        paring.load(tmp_path)
+    assert caught.value.hint
+    path = net.save(tmp_path / "net.paring")
+    assert len({(path / name).stat().st_mode for name in ("manifest.json", "weights.safetensors", "lib.so")}) == 1
+    (path / "lib.so").write_bytes(b"other")
+    with pytest.raises(errors.ArtifactError) as caught:
+        paring.load(path)
+    assert "rebuild=True" in caught.value.hint
+
+
+def test_inspection_and_loading_leave_out_what_they_do_not_need(tmp_path: Path) -> None:
+    path = paring.compile(torch.nn.ReLU(), (torch.ones(3),)).save(tmp_path / "net.paring")
+    code = (
+        "import sys, numpy, paring; paring.inspect(sys.argv[1]); print(sorted({'torch', 'tvm'} & set(sys.modules)));"
+        "net = paring.load(sys.argv[1]); print(net(-numpy.ones(3, 'float32')), 'torch' in sys.modules);"
+        "import torch; print(net(torch.ones(3)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines() == ["[]", "[0. 0. 0.] False", "tensor([1., 1., 1.])"]
 
 
 def test_a_foreign_target_without_a_device_can_be_saved_but_not_called() -> None:

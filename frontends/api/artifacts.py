@@ -8,7 +8,7 @@ from typing import Any
 from paring.backends import lean, manifest
 from paring.frontends.structure import spec_from_json, spec_to_json
 from paring.ir.errors import ArgumentError, ArtifactError, ParingError
-from paring.network import Network, Tell, Version
+from paring.network import SAVED, Network, Tell, Version
 from paring.passes.ledger import Ledger
 from paring.passes.manager import Result
 
@@ -41,7 +41,7 @@ def load(path: str | Path, *, rebuild: bool = False, device: str | None = None, 
     graph = found.built.graph
     if signature.types != tuple(node.type for node in graph.inputs) or signature.outputs.leaves() > len(graph.outputs):
         raise ArtifactError("the manifest and the program disagree on inputs or outputs", where=str(path))
-    result = Result(graph, _ledger(found.report, path), [("saved", graph)])
+    result = Result(graph, _ledger(found.report, path), [(SAVED, graph)])
     executable = open_executable(found.built, found.built.target, device)
     return Network({None: Version(signature, result, found.built.target, found.built, executable)}, found.built.target)
 

@@ -55,7 +55,8 @@ def compile(
     Args:
         model: a torch.nn.Module (in eval mode), a torch.export.ExportedProgram, a torch.fx.GraphModule, or an ir.Graph.
         inputs: a tuple of example inputs, or a single one; tensors or numpy arrays. Without it the network is compiled
-            when it is first called, once for each combination of input shapes and dtypes.
+            when it is first called, once for each combination of input shapes and dtypes. Such a network has several
+            versions: its ledger, ir and profile, and the dumps, are those of the version compiled last.
         kwargs: example keyword inputs.
         target: a name from `paring.backends.targets.names()`.
         passes: passes to run before the target's own pipeline, as text (`"a, b{x=1}"`) or a sequence.
@@ -90,6 +91,7 @@ def _options(
     if not isinstance(target, str):
         raise ArgumentError(f"target is a name, not {target!r}", hint=f"known: {', '.join(targets.names())}")
     found = targets.resolve(target)
+    targets.check_device(found, device)
     first = parse_pipeline(passes) if passes is not None else ()
     rest = parse_pipeline(whole if whole is not None else named_pipeline(found.pipeline, found.pipeline_options()))
     folder = dump if dump is not None else os.environ.get("PARING_DUMP") or None
@@ -123,7 +125,7 @@ def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imp
     if isinstance(model, torch.nn.Module):
         return torch_export.import_model(model, args, kwargs)
     hint = "a torch.nn.Module, torch.export.ExportedProgram, torch.fx.GraphModule or paring.ir.Graph"
-    raise ArgumentError(f"a {type(model).__name__} is not a model", hint=hint)
+    raise ArgumentError(f"an object of type {type(model).__name__} is not a model", hint=hint)
 
 
 def graph_signature(graph: Graph) -> Signature:

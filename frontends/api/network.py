@@ -18,6 +18,7 @@ from paring.ir.errors import ArgumentError, InputError, TargetError
 from paring.ir.graph import Graph
 from paring.ir.interpreter import interpret
 from paring.ir.text import show
+from paring.ir.types import TensorType
 from paring.passes.ledger import Ledger
 from paring.passes.manager import Result
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from paring.backends.profile import Profile
 
 Tell = Callable[[str, int, int], None]
+
+# The one stage of a loaded network.
+SAVED = "saved"
 
 
 @dataclass
@@ -56,7 +60,9 @@ class Version:
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         arrays = self.signature.flatten_inputs(args, kwargs)
-        return self.signature.unflatten_outputs(self.running().run(arrays), like_torch=any_torch(args, kwargs))
+        # Without a tensor in the call, what comes out is of the model's own kind.
+        like_torch = any_torch(args, kwargs) if self.signature.types else self.signature.of_torch
+        return self.signature.unflatten_outputs(self.running().run(arrays), like_torch)
 
     def running(self) -> Any:
         """The executable. Raises TargetError where there is none."""
@@ -71,8 +77,9 @@ class Version:
 class Network:
     """A callable network, in one version for each set of input types it was compiled for.
 
-    Takes and gives torch tensors when called with torch tensors, numpy arrays when called with numpy arrays. Calls from
-    several threads are safe; they take turns.
+    Takes and gives torch tensors when called with torch tensors, numpy arrays when called with numpy arrays; without inputs
+    it gives what its model gives. Calls from several threads are safe; they take turns. Graph, ledger, stages, ir and contract
+    are those of the version compiled last; `version(x)` gives any one of them as a network of its own.
     """
 
     def __init__(
@@ -93,6 +100,22 @@ class Network:
         """Compile now for inputs like these, and give the network back."""
         self._version(args, kwargs)
         return self
+
+    def version(self, *args: Any, **kwargs: Any) -> Network:
+        """The version for inputs like these, compiled now if need be, as a network of one version. Both close together."""
+        return Network({None: self._version(args, kwargs)}, self.target)
+
+    @property
+    def inputs(self) -> tuple[tuple[str, TensorType], ...]:
+        """Name and type of each tensor that the network takes."""
+        signature = self._only().signature
+        return tuple(zip(signature.labels, signature.types, strict=True))
+
+    @property
+    def outputs(self) -> tuple[tuple[str, TensorType], ...]:
+        """Name and type of each tensor that the network gives; the name is its place in the result, like `logits` or `0.1`."""
+        version = self._only()
+        return tuple((name, version.result.graph.outputs[index].type) for name, index in version.signature.outputs.named())
 
     @property
     def graph(self) -> Graph:
@@ -120,13 +143,20 @@ class Network:
         return [(name, str(rewrite), why) for name, rewrite, why in self._only().result.declined]
 
     def ir(self, after: str | None = None) -> str:
-        """The program as text after the last run of a pass (or after "import"); without a name, as it is run."""
+        """The program as text after the last run of a pass (or after "import"); without a name, as it is run.
+
+        Raises ArgumentError for a pass that was not run, and for a loaded network, which has no stages.
+        """
         if after is None:
             return show(self.graph)
-        for name, graph in reversed(self._only().result.stages):
-            if after in (name, name.partition("{")[0]):
-                return show(graph)
-        raise ArgumentError(f"no pass {after!r} changed this network", hint=f"stages: {', '.join(self.stages)}")
+        graph = _stage(self._only().result, after)
+        if graph is not None:
+            return show(graph)
+        if self.stages == [SAVED]:
+            why, hint = "a saved network keeps the program that runs, no stages", "ir() shows it; `dump` keeps all stages"
+            raise ArgumentError(f"there is no stage {after!r}", why=why, hint=hint)
+        names = dict.fromkeys(["import", *(entry.name for entry in self.ledger.entries)])
+        raise ArgumentError(f"no pass {after!r} was run", hint=f"stages: {', '.join(names)}")
 
     def profile(self, *args: Any, repeats: int = 20, **kwargs: Any) -> Profile:
         """Time of each region with its work, bytes, share of peak, and where in the model it came from."""
@@ -136,9 +166,16 @@ class Network:
         return profile(version.running(), version.signature.flatten_inputs(args, kwargs), repeats)
 
     def save(self, path: str | Path) -> Path:
-        """Write the artifact folder `path` (conventionally NAME.paring). Raises ArgumentError, ArtifactError."""
+        """Write the artifact folder `path` (conventionally NAME.paring); it holds one version.
+
+        Raises ArgumentError where there are several, ArtifactError where it cannot be written.
+        """
         from paring.artifacts import save
 
+        if len(self._versions) > 1:
+            listed = "; ".join(version.signature.shown() for version in self._versions.values())
+            what = f"the network has {len(self._versions)} versions, and a saved network holds one"
+            raise ArgumentError(what, where=listed, hint="choose one by its inputs: net.version(x).save(path)")
         return save(self._only(), Path(path))
 
     def close(self) -> None:
@@ -157,7 +194,8 @@ class Network:
         raise ArgumentError("a compiled network cannot be pickled", hint="use .save(path) and paring.load(path)")
 
     def __repr__(self) -> str:
-        return f"<paring.Network for {self.target.name}, {len(self._versions)} version(s)>"
+        count = len(self._versions)
+        return f"<paring.Network for {self.target.name}, {count} version{'s' * (count != 1)}>"
 
     def _only(self) -> Version:
         """The version compiled last: the only one of a network compiled for given inputs."""
@@ -173,6 +211,21 @@ class Network:
             if key not in self._versions:
                 self._versions[key] = self._make(args, kwargs)
             return self._versions[key]
+
+
+def _stage(result: Result, name: str) -> Graph | None:
+    """The graph after the last run of a pass, whether or not that run changed it; None where there was no such run."""
+    (first, graph), *changed = result.stages
+    found = graph if name == first else None
+    if first == SAVED:
+        return found
+    rest = iter(changed)
+    for entry in result.ledger.entries:
+        if entry.changed:
+            _, graph = next(rest)
+        if name in (entry.name, entry.name.partition("{")[0]):
+            found = graph
+    return found
 
 
 def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

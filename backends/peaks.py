@@ -18,6 +18,9 @@ from paring.backends.targets import Target
 from paring.backends.threads import THREADS, get_num_threads, set_num_threads
 from paring.ir.op import Array
 
+# How long each peak is looked for: long enough for both threads to be moved to cores of their own, and for others to make way.
+STRETCH_S = 0.3
+
 
 @functools.cache
 def peak_flops(target: Target, threads: int) -> float:
@@ -69,7 +72,8 @@ def _fastest(function: tirx.PrimFunc, target: Target, threads: int, arrays: Sequ
 
     def measure() -> float:
         times = []
-        for _ in range(20):
+        stop = time.perf_counter() + STRETCH_S
+        while len(times) < 20 or time.perf_counter() < stop:
             start = time.perf_counter()
             call(*tensors)
             times.append(time.perf_counter() - start)

@@ -54,10 +54,11 @@ class Threads:
         if getattr(self.local, "count", 0) != self.count:
             self.local.count = self.count
             # Mode -2: a core for each worker, of those that this process may use; the calling thread stays free. Free
-            # workers were seen to share the caller's core for seconds while another one was idle.
+            # workers were seen to share the caller's core for seconds while another one was idle. TVM sets the caller to
+            # the cores of this list, and binds workers only where the list has one for each, idle ones included.
             cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
             with _environment(TVM_NUM_THREADS=str(self.most), TVM_BIND_THREADS="1"):
-                tvm.get_global_func("runtime.config_threadpool")(-2, self.count, (cores * self.count)[: self.count])
+                tvm.get_global_func("runtime.config_threadpool")(-2, self.count, (cores * self.most)[: self.most])
         return work()
 
 

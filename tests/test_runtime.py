@@ -257,6 +257,16 @@ def test_the_number_of_threads(net: Executable) -> None:
             assert pool.submit(lambda: threads.THREADS.run(used)).result() == count
 
 
+@pytest.mark.usefixtures("restored_threads")
+def test_other_numbers_of_threads_leave_the_caller_its_cores(net: Executable) -> None:
+    """A caller that is left on one core has its workers there too, from then on."""
+    cores = os.sched_getaffinity(0)
+    for count in (1, min(2, threads.THREADS.most), 1):
+        set_num_threads(count)
+        net.run([small(4, 6), small(4, 6)])
+        assert os.sched_getaffinity(0) == cores
+
+
 @pytest.mark.parametrize("count", [0, -1, 10**6, 1.5, True, "2", None])
 def test_impossible_numbers_of_threads(count: object) -> None:
     before = get_num_threads()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from paring.ir.graph import Graph, Node
+from paring.ir.graph import Graph
+from paring.ir.liveness import peak_activation_bytes
 from paring.ir.ops.core import Const, Region
-from paring.ir.ops.shape import Reshape
 from paring.passes.contract import Contract, compose, parse_contract
 
 
 @dataclass(frozen=True)
 class Size:
-    """A program in figures. Peak activations: the most bytes alive at once when nodes run in order, views being free."""
+    """A program in figures."""
 
     nodes: int
     macs: int
@@ -35,30 +34,7 @@ def measure(graph: Graph) -> Size:
         for member in members:
             if isinstance(member.op, Const):
                 digests[member.op.digest] = member.type.bytes
-    return Size(nodes, macs, sum(digests.values()), _peak_bytes(graph))
-
-
-def _peak_bytes(graph: Graph) -> int:
-    def storage(node: Node) -> Node:
-        while isinstance(node.op, Reshape):
-            (node,) = node.inputs
-        return node
-
-    left: Counter[Node] = Counter(storage(n) for n in graph.outputs)
-    order = [n for n in graph.nodes() if not isinstance(n.op, Const | Reshape)]
-    for node in order:
-        left.update(storage(i) for i in node.inputs)
-    alive = peak = 0
-    for node in order:
-        alive += node.type.bytes
-        peak = max(peak, alive)
-        for operand in map(storage, node.inputs):
-            left[operand] -= 1
-            if left[operand] == 0 and not isinstance(operand.op, Const):
-                alive -= operand.type.bytes
-        if left[node] == 0:
-            alive -= node.type.bytes
-    return peak
+    return Size(nodes, macs, sum(digests.values()), peak_activation_bytes(graph))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from paring.ir.op import Array
 from paring.passes.noise import MARGIN, Oracle
 
 EPS32 = float(np.finfo(np.float32).eps)
+FOR_FINITE = " for finite values"
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,24 @@ class Exact:
     """The same bits whenever the sums are exact (small integers); elsewhere at most the rounding of a reordered sum.
 
     The reference accumulates in float64, so a reordered sum differs by far less than one float32 ulp of its magnitude
-    bound: that one ulp is what is allowed.
+    bound: that one ulp is what is allowed. `finite`: nothing is promised once a value is infinite or NaN.
     """
 
+    finite: bool = False
+
     def __str__(self) -> str:
-        return "Exact"
+        return "Exact" + (FOR_FINITE if self.finite else "")
 
 
 @dataclass(frozen=True)
 class Close:
-    """Each rewrite moves each output by at most `ulps` float32 ulps of its magnitude bound."""
+    """Each rewrite moves each output by at most `ulps` float32 ulps of its magnitude bound; `finite` as for Exact."""
 
     ulps: float
+    finite: bool = False
 
     def __str__(self) -> str:
-        return f"Close({self.ulps:g})"
+        return f"Close({self.ulps:g})" + (FOR_FINITE if self.finite else "")
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,11 @@ Contract = Exact | Close | Lossy
 
 def parse_contract(text: str) -> Contract:
     """The inverse of `str`. Raises ParseError."""
-    if text == "Exact":
-        return Exact()
-    if match := re.fullmatch(r"Close\(([0-9.e+-]+)\)", text):
-        return Close(float(match[1]))
     if match := re.fullmatch(r"Lossy\((.*), ([0-9.e+-]+)\)", text):
         return Lossy(match[1], float(match[2]))
+    if match := re.fullmatch(rf"(?:Exact|Close\(([0-9.e+-]+)\))({FOR_FINITE})?", text):
+        finite = match[2] is not None
+        return Close(float(match[1]), finite) if match[1] else Exact(finite)
     raise ParseError(f"{text!r} is not a contract")
 
 
@@ -69,8 +72,25 @@ def compose(contracts: Sequence[Contract]) -> Contract:
     lossy = [c for c in contracts if isinstance(c, Lossy)]
     if lossy:
         return Lossy(lossy[-1].metric, sum(c.budget for c in lossy))
-    ulps = sum(c.ulps for c in contracts if isinstance(c, Close))
-    return Close(ulps) if ulps else Exact()
+    return _promise(sum(map(_ulps, contracts)), any(map(for_finite, contracts)))
+
+
+def weakest(contracts: Sequence[Contract]) -> Exact | Close:
+    """The promise that all of these keep, none of them being lossy."""
+    return _promise(max(map(_ulps, contracts), default=0.0), any(map(for_finite, contracts)))
+
+
+def for_finite(contract: Contract) -> bool:
+    """Whether nothing is promised once a value is infinite or NaN."""
+    return isinstance(contract, Exact | Close) and contract.finite
+
+
+def _ulps(contract: Contract) -> float:
+    return contract.ulps if isinstance(contract, Close) else 0.0
+
+
+def _promise(ulps: float, finite: bool) -> Exact | Close:
+    return Close(ulps, finite) if ulps else Exact(finite)
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,7 @@ def ulps_apart(x: Array, y: Array, bound: Array) -> Array:
 
 def allowed_ulps(contract: Contract, rewrites: int) -> float:
     """How many ulps of the bound a pass that fired `rewrites` times may move an output."""
-    return 1.0 + (contract.ulps * rewrites if isinstance(contract, Close) else 0.0)
+    return 1.0 + _ulps(contract) * rewrites
 
 
 def check(

@@ -116,15 +116,17 @@ class Ledger:
         return Ledger(entries)
 
     def __str__(self) -> str:
+        wide = max([10, *(len(str(e.contract)) for e in self.entries)])
         lines = [
-            f"{'':>3} {'pass':<28} {'contract':<10} {'fired':>5} {'nodes':>6} {'MMACs':>9} "
+            f"{'':>3} {'pass':<28} {'contract':<{wide}} {'fired':>5} {'nodes':>6} {'MMACs':>9} "
             f"{'param KiB':>10} {'peak KiB':>9} {'ms':>8}"
         ]
         for e in self.entries:
             a = e.after
             lines.append(
-                f"{e.step:>3} {e.name:<28} {e.contract!s:<10} {sum(e.rewrites.values()):>5} {a.nodes:>6} {a.macs / 1e6:>9.1f} "
-                f"{a.parameter_bytes / 1024:>10.1f} {a.peak_activation_bytes / 1024:>9.1f} {e.seconds * 1e3:>8.1f}"
+                f"{e.step:>3} {e.name:<28} {e.contract!s:<{wide}} {sum(e.rewrites.values()):>5} {a.nodes:>6} "
+                f"{a.macs / 1e6:>9.1f} {a.parameter_bytes / 1024:>10.1f} {a.peak_activation_bytes / 1024:>9.1f} "
+                f"{e.seconds * 1e3:>8.1f}"
             )
         lines.append(f"in all: {self.contract}, {self.seconds * 1e3:.0f} ms")
         return "\n".join(lines)

@@ -16,7 +16,18 @@ from paring.ir.op import Array
 from paring.ir.ops import binary, conv, pool, shape, unary
 from paring.ir.verify import verify
 from paring.passes.base import Pass
-from paring.passes.contract import Close, Contract, Exact, Lossy, allowed_ulps, compose, difference, parse_contract, weakest
+from paring.passes.contract import (
+    Close,
+    Contract,
+    Exact,
+    Lossy,
+    Steps,
+    allowed_ulps,
+    compose,
+    difference,
+    parse_contract,
+    weakest,
+)
 from paring.passes.ledger import Ledger
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pattern import Match, Rule, any_, op
@@ -128,7 +139,7 @@ def test_a_pipeline_reads_back(name: str) -> None:
 def test_a_pass_prints_its_name_and_says_what_it_does(cls: type[Pass]) -> None:
     assert str(cls()) == cls.name
     assert cls.summary().endswith(".")
-    assert isinstance(cls.contract, Exact | Close), "lossy passes live in passes/compress"
+    assert isinstance(cls.contract, Exact | Close | Steps), "lossy passes live in passes/compress"
 
 
 def test_the_contract_of_a_pass_is_the_weakest_of_its_rules() -> None:
@@ -163,7 +174,10 @@ def test_an_unknown_pipeline_is_refused() -> None:
 # --- contracts ------------------------------------------------------------------------------------------------------
 
 
-CONTRACTS = (Exact(), Exact(finite=True), Close(0), Close(4), Close(0.5, finite=True), Lossy("accuracy", 0.1))
+CONTRACTS = (
+    *(Exact(), Exact(finite=True), Close(0), Close(4), Close(0.5, finite=True), Lossy("accuracy", 0.1)),
+    *(Steps(1), Steps(2, 4), Steps(1, 0.5, finite=True)),
+)
 
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=str)
@@ -171,7 +185,9 @@ def test_a_contract_reads_back(contract: Contract) -> None:
     assert parse_contract(str(contract)) == contract
 
 
-@pytest.mark.parametrize("text", ["", "Exactly", "Close()", "Close(x)", "Close(1) for", "Lossy(a, 1) for finite values"])
+@pytest.mark.parametrize(
+    "text", ["", "Exactly", "Close()", "Close(x)", "Close(1) for", "Steps(0.5)", "Lossy(a, 1) for finite values"]
+)
 def test_what_is_no_contract_is_refused(text: str) -> None:
     with pytest.raises(ParseError, match="is not a contract"):
         parse_contract(text)
@@ -182,6 +198,8 @@ def test_promises_add_up() -> None:
     assert compose([Exact(), Close(2), Close(3)]) == Close(5)
     assert compose([Exact(finite=True), Close(2)]) == Close(2, finite=True)
     assert compose([Exact(finite=True), Exact()]) == Exact(finite=True)
+    assert compose([Steps(1), Close(2), Steps(1, 4)]) == Steps(2, 6)
+    assert weakest([Steps(1), Close(2), Steps(1, 4, finite=True)]) == Steps(1, 4, finite=True)
     assert compose([Close(2), Lossy("accuracy", 0.1), Lossy("accuracy", 0.2)]) == Lossy("accuracy", pytest.approx(0.3))
 
 

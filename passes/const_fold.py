@@ -10,6 +10,7 @@ from paring.ir.graph import Graph, Node, rebuild
 from paring.ir.interpreter import evaluate
 from paring.ir.op import Array
 from paring.ir.ops.core import Const, Input
+from paring.ir.ops.quantized import Dequantize, DequantizeChannels
 from paring.ir.ops.shape import Broadcast
 from paring.passes.base import Pass
 from paring.passes.rewriter import Context
@@ -21,7 +22,8 @@ class ConstFold(Pass):
     """Nodes that depend on constants only, and empty tensors, become constants.
 
     A broadcast stays where it is used by something that is not constant: a repeated value is cheaper than a large
-    constant. `limit` is the greatest size in bytes of a new constant that is larger than all it was made of.
+    constant. Integers that stand for real numbers are not turned back into these. `limit` is the greatest size in bytes of a
+    new constant that is larger than all it was made of.
     """
 
     name = "const-fold"
@@ -35,7 +37,7 @@ class ConstFold(Pass):
             if isinstance(new.op, Const):
                 values[new] = new.op.value
                 return new
-            if isinstance(new.op, Input):
+            if isinstance(new.op, Input | Dequantize | DequantizeChannels):
                 return new
             known = all(operand in values for operand in inputs)
             empty = new.type.size == 0 or (bool(inputs) and all(operand.type.size == 0 for operand in inputs))

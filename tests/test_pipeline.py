@@ -19,7 +19,7 @@ from paring.passes.base import Pass
 from paring.passes.contract import Close, Exact, Lossy, allowed_ulps, compose, difference
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pattern import Match, Rule, any_, op
-from paring.passes.pipelines import PASSES, PIPELINES, parse_pipeline, pipeline, show_pipeline
+from paring.passes.pipelines import LOSSY, PASSES, PIPELINES, parse_pipeline, pipeline, show_pipeline
 from paring.passes.rewriter import Context, apply_rules
 from paring.testing import check_round_trip, random_graph, random_inputs
 
@@ -127,6 +127,16 @@ def test_a_pass_prints_its_name_and_says_what_it_does(cls: type[Pass]) -> None:
     assert str(cls()) == cls.name
     assert cls.summary().endswith(".")
     assert isinstance(cls.contract, Exact | Close), "lossy passes live in passes/compress"
+    assert not cls.lossy
+
+
+@pytest.mark.parametrize("cls", LOSSY.values(), ids=LOSSY)
+def test_lossy_passes_are_quarantined(cls: type[Pass]) -> None:
+    assert str(cls()) == cls.name
+    assert cls.summary().endswith(".")
+    assert cls.lossy
+    assert cls.__module__.startswith("paring.passes.compress.")
+    assert not {step.partition("{")[0] for steps in PIPELINES.values() for step in steps} & set(LOSSY)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +157,7 @@ def test_a_bad_pipeline_is_refused(text: str, error: type[ParingError], message:
 
 
 def test_an_unknown_pipeline_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="known: none, simplify, blocked"):
+    with pytest.raises(ArgumentError, match="known: none, simplify, prepare, blocked"):
         pipeline("bloked", {})
 
 

@@ -19,10 +19,16 @@ from paring.passes.rewriter import Context, apply_rules
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of all passes. Subclasses state `name`, `contract`, and either `rules` or `run`."""
+    """Base of all passes. Subclasses state `name`, `contract`, and either `rules` or `run`.
+
+    `lossy`: whether it may change what is computed; then it lives in `compress/` and runs only if asked for.
+    `calibrated`: whether it looks at calibration data.
+    """
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = Exact()
+    lossy: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
 
     def rules(self) -> Sequence[Rule]:
         """The rules that make up the pass, in the order in which they are tried."""
@@ -33,7 +39,9 @@ class Pass:
         return apply_rules(graph, self.rules(), context)
 
     def promise(self, context: Context) -> Contract:
-        """The contract of one run: for a pass made of rules, the weakest of those that fired."""
+        """The contract of one run: what the run wrote down, or for a pass made of rules the weakest of those that fired."""
+        if context.promise is not None:
+            return context.promise
         fired = {rewrite.rule for rewrite in context.rewrites}
         contracts = [rule.contract for rule in self.rules() if rule.name in fired]
         if not self.rules() or isinstance(self.contract, Lossy):

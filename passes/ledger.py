@@ -10,7 +10,10 @@ from typing import Any
 from paring.ir.graph import Graph
 from paring.ir.liveness import peak_activation_bytes
 from paring.ir.ops.core import Const, Region
-from paring.passes.contract import Contract, compose, parse_contract
+from paring.passes.contract import Close, Contract, compose, parse_contract
+
+# How many layers of the lowest SQNR the text shows; the entry has all.
+SHOWN_LAYERS = 5
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def measure(graph: Graph) -> Size:
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of one pass."""
+    """One run of one pass. `sqnr`: of each layer that became lossy, the signal-to-quantization-noise ratio in dB."""
 
     step: int
     name: str
@@ -50,6 +53,17 @@ class Entry:
     after: Size
     changed: bool
     metric: float | None = None
+    sqnr: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def remarks(self) -> list[str]:
+        """What the table has no column for, one line each: the metric, notes, and the layers of the lowest SQNR."""
+        found = list(self.notes) if self.metric is None else [f"metric {self.metric:g}", *self.notes]
+        worst = sorted(self.sqnr.items(), key=lambda item: item[1])[:SHOWN_LAYERS]
+        if worst:
+            shown = ", ".join(f"{name} {ratio:.1f} dB" for name, ratio in worst)
+            found.append(f"lowest SQNR of {len(self.sqnr)} layers: {shown}")
+        return found
 
     def as_json(self) -> dict[str, object]:
         plain = dataclasses.asdict(self)
@@ -66,8 +80,11 @@ class Ledger:
     @property
     def contract(self) -> Contract:
         """What the whole run promises, each Close counted once for each of its rewrites."""
-        fired = [(e.contract, max(sum(e.rewrites.values()), 1)) for e in self.entries if e.changed]
-        return compose([c for c, times in fired for c in [c] * times])
+        contracts: list[Contract] = []
+        for entry in self.entries:
+            times = sum(entry.rewrites.values()) if isinstance(entry.contract, Close) else 1
+            contracts += [entry.contract] * times if entry.changed else []
+        return compose(contracts)
 
     @property
     def seconds(self) -> float:
@@ -88,7 +105,8 @@ class Ledger:
         for plain in data["entries"]:
             sizes = {side: Size(**plain[side]) for side in ("before", "after")}
             contract = parse_contract(plain["contract"])
-            entries.append(Entry(**{"seconds": 0.0, **plain, **sizes, "contract": contract}))
+            notes = tuple(plain.get("notes", ()))
+            entries.append(Entry(**{"seconds": 0.0, **plain, **sizes, "contract": contract, "notes": notes}))
         return Ledger(entries)
 
     def __str__(self) -> str:
@@ -104,5 +122,7 @@ class Ledger:
                 f"{a.macs / 1e6:>9.1f} {a.parameter_bytes / 1024:>10.1f} {a.peak_activation_bytes / 1024:>9.1f} "
                 f"{e.seconds * 1e3:>8.1f}"
             )
+        for e in self.entries:
+            lines.extend(f"{e.step:>3} {line}" for line in e.remarks())
         lines.append(f"in all: {self.contract}, {self.seconds * 1e3:.0f} ms")
         return "\n".join(lines)

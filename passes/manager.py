@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -12,12 +14,13 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from paring.ir import Graph, constants, same, show
+from paring.ir import Graph, constants, interpret, same, show
 from paring.ir.errors import ArgumentError, InternalError, ParingError
+from paring.ir.op import Array
 from paring.ir.verify import verify
 from paring.passes.base import Pass
 from paring.passes.ledger import Entry, Ledger, measure
-from paring.passes.rewriter import Context, Rewrite
+from paring.passes.rewriter import Context, Rewrite, Run, Tell, silent
 
 Hook = Callable[[int, Pass | None, Graph], None]
 
@@ -40,20 +43,26 @@ def run_pipeline(
     fuel: int | None = None,
     metric: Callable[[Graph], float] | None = None,
     progress: Callable[[str], None] | None = None,
+    calibration: Sequence[Sequence[Array]] = (),
+    run: Run = interpret,
+    tell: Tell = silent,
 ) -> Result:
     """Run passes in order, each verified.
 
     `dump`: a folder for the text after each changing pass. `fuel`: how many rewrites may be made in all. `metric`: given
-    the graph after each changing pass, its figure goes into the ledger. `progress` is told each pass's name.
+    the graph after each changing pass, its figure goes into the ledger; where some passes are lossy, after these only.
+    `progress` is told each pass's name. `calibration`, `run` and `tell` are for passes that look at data: see Context.
     Raises ParingError with the pass named where one fails.
     """
     verify(graph)
     result = Result(graph, Ledger(), [("import", graph)])
     size = measure(graph)
+    measured = _Metric(metric, any(p.lossy for p in passes))
     for step, transformation in enumerate(passes, 1):
         if progress:
             progress(transformation.name)
-        context = Context(fuel)
+        context = Context(fuel, calibration=calibration, run=run, metric=measured.function, tell=tell)
+        context.earlier = [stage for _, stage in result.stages]
         start = time.perf_counter()
         after = _run_one(transformation, graph, context, step)
         fuel = context.fuel
@@ -65,9 +74,11 @@ def run_pipeline(
         new_size = measure(after) if changed else size
         seconds = time.perf_counter() - start
         fired = dict(sorted(Counter(r.rule for r in context.rewrites).items()))
-        figure = metric(after) if metric and changed else None
+        figure = measured.after(transformation, graph, after, context) if changed else None
         promise = transformation.promise(context)
-        result.ledger.entries.append(Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure))
+        entry = Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure)
+        entry = dataclasses.replace(entry, sqnr=dict(context.sqnr), notes=tuple(context.notes))
+        result.ledger.entries.append(entry)
         result.declined.extend((transformation.name, rewrite, why) for rewrite, why in context.declined)
         if changed:
             result.stages.append((str(transformation), after))
@@ -76,6 +87,41 @@ def run_pipeline(
     if dump is not None:
         write_dumps(result, Path(dump))
     return result
+
+
+class _Metric:
+    """The user's metric of a graph, computed once for each."""
+
+    def __init__(self, metric: Callable[[Graph], float] | None, lossy_only: bool) -> None:
+        self.metric, self.lossy_only = metric, lossy_only
+        self.known: tuple[Graph, float] | None = None
+
+    @property
+    def function(self) -> Callable[[Graph], float] | None:
+        return self.of if self.metric else None
+
+    def of(self, graph: Graph) -> float:
+        """Raises ArgumentError where the user's code fails or gives no number."""
+        assert self.metric is not None
+        if self.known is None or self.known[0] is not graph:
+            try:
+                figure = float(self.metric(graph))
+            except ParingError:
+                raise
+            except Exception as error:
+                raise ArgumentError(f"the metric raised {type(error).__name__}", why=str(error)) from error
+            if math.isnan(figure):
+                raise ArgumentError("the metric is NaN", hint="it should return a number, higher is better")
+            self.known = graph, figure
+        return self.known[1]
+
+    def after(self, transformation: Pass, before: Graph, graph: Graph, context: Context) -> float | None:
+        """The figure for the ledger; that of the graph before goes into the notes of a lossy pass."""
+        if self.metric is None or (self.lossy_only and not transformation.lossy):
+            return None
+        if transformation.lossy:
+            context.notes.insert(0, f"metric {self.of(before):g} before")
+        return self.of(graph)
 
 
 def _run_one(transformation: Pass, graph: Graph, context: Context, step: int) -> Graph:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from paring.ir.errors import ArgumentError
 from paring.passes.base import Pass, parse_pass, split_pipeline
 from paring.passes.canonicalize import Canonicalize
+from paring.passes.compress.quantize import Quantize
 from paring.passes.const_fold import ConstFold
 from paring.passes.cse import Cse
 from paring.passes.dce import Dce
@@ -24,11 +25,16 @@ PASSES: dict[str, type[Pass]] = {
     for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, FoldQdq, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
 }
 
+LOSSY: dict[str, type[Pass]] = {cls.name: cls for cls in (Quantize,)}
+"""Those that may change what is computed; no pipeline below has one."""
+
 _SIMPLIFY = ("canonicalize", "const-fold", "cse", "dce")
 
 PIPELINES: dict[str, tuple[str, ...]] = {
     "none": (),
     "simplify": _SIMPLIFY,
+    # Before the user's lossy passes: they see layers whose batch norms are folded.
+    "prepare": (*_SIMPLIFY, "fold-bn", "decompose", "sink-reshapes", "canonicalize", "const-fold", "cse", "dce"),
     "blocked": (
         *_SIMPLIFY,
         "fold-bn",
@@ -59,9 +65,14 @@ def pipeline(name: str, options: Mapping[str, object]) -> tuple[str, ...]:
 
 def parse_pipeline(steps: str | Iterable[str | Pass], extra: Mapping[str, type[Pass]] | None = None) -> tuple[Pass, ...]:
     """Passes from text (`a, b{x=1}`) or from a sequence of texts and passes. `extra` adds passes to the table."""
-    table = {**PASSES, **(extra or {})}
+    table = {**PASSES, **LOSSY, **(extra or {})}
     parts: Sequence[str | Pass] = split_pipeline(steps) if isinstance(steps, str) else tuple(steps)
     return tuple(part if isinstance(part, Pass) else parse_pass(part, table) for part in parts)
+
+
+def prepared(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """The user's passes, the lossy ones among them given what they need to come before."""
+    return (*parse_pipeline(PIPELINES["prepare"]), *passes) if any(each.lossy for each in passes) else passes
 
 
 def show_pipeline(passes: Iterable[Pass]) -> str:

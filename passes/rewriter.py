@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from paring.ir.errors import InternalError, IRTypeError
 from paring.ir.graph import Graph, Node, rebuild
-from paring.ir.op import Op
+from paring.ir.interpreter import interpret
+from paring.ir.op import Array, Op
+from paring.passes.contract import Contract
 from paring.passes.pattern import Match, Rule, match
 
 MAX_SWEEPS = 32
 MAX_REWRITES_AT_ONE_NODE = 64
+
+# Runs a graph on given inputs.
+Run = Callable[[Graph, Sequence[Array]], list[Array]]
+# Told what is being done, steps done and steps in all.
+Tell = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +39,24 @@ class Rewrite:
 
 @dataclass
 class Context:
-    """What a pass is given besides the graph: fuel to spend, and where to write down what it did and did not do."""
+    """What a pass is given besides the graph: fuel to spend, and where to write down what it did and did not do.
+
+    For lossy passes also `calibration` (batches of inputs), `run` (runs a graph, perhaps faster than the interpreter), the
+    user's `metric` of a graph, higher is better, whom to `tell` of progress, and the graphs of `earlier` stages. They write
+    the SQNR of each layer (dB) and `notes` for the ledger, and what they `promise` where that is only known afterwards.
+    """
 
     fuel: int | None = None
     rewrites: list[Rewrite] = field(default_factory=list)
     declined: list[tuple[Rewrite, str]] = field(default_factory=list)
+    calibration: Sequence[Sequence[Array]] = ()
+    run: Run = interpret
+    metric: Callable[[Graph], float] | None = None
+    tell: Tell = silent
+    earlier: Sequence[Graph] = ()
+    sqnr: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    promise: Contract | None = None
 
     def spend(self, rule: str, node: Node) -> bool:
         """Take one unit for a rewrite at a node; False, and nothing may be changed, when the fuel is used up."""

@@ -31,7 +31,7 @@ from paring.passes.contract import (
 from paring.passes.ledger import Ledger
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pattern import Match, Rule, any_, op
-from paring.passes.pipelines import PASSES, PIPELINES, parse_pipeline, pipeline, show_pipeline
+from paring.passes.pipelines import LOSSY, PASSES, PIPELINES, parse_pipeline, pipeline, show_pipeline
 from paring.passes.rewriter import Context, apply_rules
 from paring.passes.util import constant
 from paring.testing import check_round_trip, random_graph, random_inputs
@@ -140,6 +140,7 @@ def test_a_pass_prints_its_name_and_says_what_it_does(cls: type[Pass]) -> None:
     assert str(cls()) == cls.name
     assert cls.summary().endswith(".")
     assert isinstance(cls.contract, Exact | Close | Steps), "lossy passes live in passes/compress"
+    assert not cls.lossy
 
 
 def test_the_contract_of_a_pass_is_the_weakest_of_its_rules() -> None:
@@ -147,6 +148,15 @@ def test_the_contract_of_a_pass_is_the_weakest_of_its_rules() -> None:
         rules = transformation.rules()
         if rules and str(transformation) != "decompose":
             assert transformation.contract == weakest([rule.contract for rule in rules]), str(transformation)
+
+
+@pytest.mark.parametrize("cls", LOSSY.values(), ids=LOSSY)
+def test_lossy_passes_are_quarantined(cls: type[Pass]) -> None:
+    assert str(cls()) == cls.name
+    assert cls.summary().endswith(".")
+    assert cls.lossy
+    assert cls.__module__.startswith("paring.passes.compress.")
+    assert not {step.partition("{")[0] for steps in PIPELINES.values() for step in steps} & set(LOSSY)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +177,7 @@ def test_a_bad_pipeline_is_refused(text: str, error: type[ParingError], message:
 
 
 def test_an_unknown_pipeline_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="known: none, simplify, blocked"):
+    with pytest.raises(ArgumentError, match="known: none, simplify, prepare, blocked"):
         pipeline("bloked", {})
 
 

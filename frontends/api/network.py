@@ -20,6 +20,7 @@ from paring.ir.interpreter import interpret
 from paring.ir.text import show
 from paring.passes.ledger import Ledger
 from paring.passes.manager import Result
+from paring.passes.rewriter import Run
 
 if TYPE_CHECKING:
     from paring.backends.build import Built
@@ -216,11 +217,11 @@ def _shape_of(value: Any, leaves: list[Any]) -> Any:
     return None
 
 
-def reference_call(graph: Graph, signature: Signature) -> Callable[..., Any]:
-    """A callable that takes what the network takes and runs a graph by the reference interpreter."""
+def graph_call(graph: Graph, signature: Signature, run: Run = interpret) -> Callable[..., Any]:
+    """A callable that takes what the network takes and runs a graph, by the reference interpreter unless told otherwise."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         arrays = signature.flatten_inputs(args, kwargs)
-        return signature.unflatten_outputs(interpret(graph, arrays), any_torch(args, kwargs))
+        return signature.unflatten_outputs(run(graph, arrays), any_torch(args, kwargs))
 
     return call

@@ -36,7 +36,8 @@ class Op:
 
     def __post_init__(self) -> None:
         # Equal ops print the same text: 1 and 1.0 are equal in Python.
-        for name, hint in attribute_types(type(self)):
+        cls: Any = type(self)
+        for name, hint in attribute_types(cls):
             value = getattr(self, name)
             exact = as_declared(value, hint)
             if exact is not value:

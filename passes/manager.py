@@ -12,8 +12,9 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from paring.ir import Graph, constants, same, show
-from paring.ir.errors import ArgumentError, InternalError, ParingError
+from paring.ir import Graph, Input, constants, same, show
+from paring.ir.errors import ArgumentError, ContractError, InternalError, ParingError, PassError
+from paring.ir.text import quote
 from paring.ir.verify import verify
 from paring.passes.base import Pass
 from paring.passes.ledger import Entry, Ledger, measure
@@ -78,16 +79,42 @@ def run_pipeline(
     return result
 
 
+def run_pass(transformation: Pass, graph: Graph, context: Context) -> Graph:
+    """One pass over a graph. Raises ParingError unless it gives a well-formed program that is called like the one before."""
+    try:
+        after: object = transformation.run(graph, context)
+        if not isinstance(after, Graph):
+            raise PassError(f"the pass gives a {type(after).__name__}, not a graph")
+        verify(after)
+    except ParingError:
+        raise
+    except Exception as error:
+        raise PassError(f"the pass raised {type(error).__name__}", why=str(error)) from error
+    for what, before, now in (
+        ("inputs", _inputs(graph), _inputs(after)),
+        ("type of an output", _outputs(graph), _outputs(after)),
+    ):
+        if before != now:
+            raise ContractError(f"{transformation} changed the {what}", why=f"it was {before}, is {now}")
+    return after
+
+
+def _inputs(graph: Graph) -> str:
+    return ", ".join(f"{quote(n.op.label)}: {n.type}" for n in graph.inputs if isinstance(n.op, Input)) or "none"
+
+
+def _outputs(graph: Graph) -> str:
+    return ", ".join(str(n.type) for n in graph.outputs)
+
+
 def _run_one(transformation: Pass, graph: Graph, context: Context, step: int) -> Graph:
     try:
-        after = transformation.run(graph, context)
-        verify(after)
+        return run_pass(transformation, graph, context)
     except ParingError as error:
         last = f" after {context.rewrites[-1]}" if context.rewrites else ""
         place = f"pass {step} {transformation}{last}"
         error.where = f"{place}: {error.where}" if error.where else place
         raise
-    return after
 
 
 def write_dumps(result: Result, folder: Path) -> None:

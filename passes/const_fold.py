@@ -25,6 +25,7 @@ class ConstFold(Pass):
     """
 
     name = "const-fold"
+    least = {"limit": 0}
     limit: int = 1 << 20
 
     def run(self, graph: Graph, context: Context) -> Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -17,6 +18,7 @@ from paring.ir.errors import ArgumentError, ContractError, InternalError, Paring
 from paring.ir.text import quote
 from paring.ir.verify import verify
 from paring.passes.base import Pass
+from paring.passes.contract import Lossy
 from paring.passes.ledger import Entry, Ledger, measure
 from paring.passes.rewriter import Context, Rewrite
 
@@ -40,17 +42,41 @@ def run_pipeline(
     dump: str | Path | None = None,
     fuel: int | None = None,
     metric: Callable[[Graph], float] | None = None,
+    unmeasured: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Result:
     """Run passes in order, each verified.
 
-    `dump`: a folder for the text after each changing pass. `fuel`: how many rewrites may be made in all. `metric`: given
-    the graph after each changing pass, its figure goes into the ledger. `progress` is told each pass's name.
+    `dump`: a folder for the text after each changing pass, written when a pass fails too. `fuel`: how many rewrites may be
+    made in all. `metric`: given the graph after each changing pass, its figure goes into the ledger. `unmeasured`: lossy
+    passes may run without a metric; the ledger then says so. `progress` is told each pass's name.
     Raises ParingError with the pass named where one fails.
     """
     verify(graph)
+    lossy = [p for p in passes if isinstance(p.contract, Lossy)]
+    if lossy and metric is None and not unmeasured:
+        hint = "give a metric, or let it run without one (unmeasured=True)"
+        raise ArgumentError(f"pass {lossy[0]} is {lossy[0].contract}, but there is no metric", hint=hint)
     result = Result(graph, Ledger(), [("import", graph)])
-    size = measure(graph)
+    try:
+        _run_all(result, passes, fuel, metric, progress)
+    except Exception as error:
+        if dump is not None:
+            _dump_what_there_is(result, Path(dump), error)
+        raise
+    if dump is not None:
+        write_dumps(result, Path(dump))
+    return result
+
+
+def _run_all(
+    result: Result,
+    passes: Sequence[Pass],
+    fuel: int | None,
+    metric: Callable[[Graph], float] | None,
+    progress: Callable[[str], None] | None,
+) -> None:
+    graph, size = result.graph, measure(result.graph)
     for step, transformation in enumerate(passes, 1):
         if progress:
             progress(transformation.name)
@@ -68,15 +94,26 @@ def run_pipeline(
         fired = dict(sorted(Counter(r.rule for r in context.rewrites).items()))
         figure = metric(after) if metric and changed else None
         promise = transformation.promise(context)
+        if isinstance(promise, Lossy) and metric is None:
+            promise = dataclasses.replace(promise, metric=f"{promise.metric}: no metric was given")
         result.ledger.entries.append(Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure))
         result.declined.extend((transformation.name, rewrite, why) for rewrite, why in context.declined)
         if changed:
             result.stages.append((str(transformation), after))
         graph, size = after, new_size
     result.graph = graph
-    if dump is not None:
-        write_dumps(result, Path(dump))
-    return result
+
+
+def _dump_what_there_is(result: Result, folder: Path, error: Exception) -> None:
+    """Write the stages before a failure; the error says where they are."""
+    try:
+        write_dumps(result, folder)
+    except ArgumentError as other:
+        said = f"{other.what}: {other.why}"
+    else:
+        said = f"the stages before it are in {folder}"
+    if isinstance(error, ParingError):
+        error.hint = f"{error.hint}; {said}" if error.hint else said
 
 
 def run_pass(transformation: Pass, graph: Graph, context: Context) -> Graph:

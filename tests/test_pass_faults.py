@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from paring.ir import Graph, Input, Loc, Node, TensorType
-from paring.ir.errors import ContractError, ParingError, PassError, VerifyError
+from paring.ir.errors import ArgumentError, ContractError, ParingError, PassError, VerifyError
 from paring.ir.ops import binary, shape, unary
 from paring.passes.base import Pass
 from paring.passes.bisect import bisect
-from paring.passes.contract import Exact
+from paring.passes.contract import Exact, Lossy
+from paring.passes.ledger import Ledger
 from paring.passes.manager import run_pipeline
 from paring.passes.pattern import Match, Rule, any_, op
 from paring.passes.pipelines import parse_pipeline
@@ -161,3 +164,55 @@ def test_a_pattern_whose_condition_fails_is_named_too() -> None:
     with pytest.raises(PassError, match="a rule raised AttributeError") as caught:
         run_pipeline(program(), [OfOneRule(rule)])
     assert "rule asks-for-more at relu" in caught.value.where
+
+
+# --- dumps of what failed -------------------------------------------------------------------------------------------
+
+
+def doubled(graph: Graph) -> Graph:
+    return replaced(graph, 0, Node(unary.Relu(), (graph.outputs[0],)))
+
+
+def test_the_stages_before_a_failure_are_dumped_and_the_error_says_where(tmp_path: Path) -> None:
+    with pytest.raises(PassError) as caught:
+        run_pipeline(program(), [*parse_pipeline("cse"), Bad(doubled), Bad(lambda g: None)], dump=tmp_path / "dump")
+    assert str(tmp_path / "dump") in caught.value.hint
+    assert sorted(p.name for p in (tmp_path / "dump").glob("*.ir")) == ["000_import.ir", "002_bad.ir"]
+    assert len(json.loads((tmp_path / "dump" / "ledger.json").read_text())["entries"]) == 2
+
+
+def test_a_failure_that_cannot_be_dumped_is_still_the_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PassError, match="cannot write the dumps"):
+        run_pipeline(program(), [Bad(lambda g: None)], dump=tmp_path / "file")
+
+
+def test_a_metric_that_fails_leaves_the_stages(tmp_path: Path) -> None:
+    def metric(graph: Graph) -> float:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_pipeline(program(), [Bad(doubled)], dump=tmp_path, metric=metric)
+    assert (tmp_path / "000_import.ir").exists()
+
+
+# --- lossy passes ---------------------------------------------------------------------------------------------------
+
+
+class Rounds(Bad):
+    """Loses something."""
+
+    name = "rounds"
+    contract = Lossy("accuracy", 0.1)
+
+
+def test_a_lossy_pass_without_a_metric_is_refused_unless_told_otherwise() -> None:
+    passes = [*parse_pipeline("cse"), Rounds(doubled)]
+    with pytest.raises(ArgumentError, match="pass rounds is Lossy") as caught:
+        run_pipeline(program(), passes)
+    assert "unmeasured=True" in caught.value.hint
+    ledger = run_pipeline(program(), passes, unmeasured=True).ledger
+    assert "no metric was given" in str(ledger)
+    assert Ledger.from_json(ledger.as_json()).contract == ledger.contract == Lossy("accuracy: no metric was given", 0.1)
+    measured = run_pipeline(program(), passes, metric=lambda graph: 1.0).ledger
+    assert measured.contract == Lossy("accuracy", 0.1)

@@ -61,8 +61,10 @@ def compile(
         passes: passes to run before the target's own pipeline, as text (`"a, b{x=1}"`) or a sequence.
         pipeline: passes to run instead of the target's own pipeline.
         calibration: an iterable of inputs for lossy passes; no pass of this release asks for it.
-        metric: takes a callable network and returns a number, higher is better; its value goes into the ledger.
-        dump: a folder for the IR after each changing pass; by default the environment variable PARING_DUMP.
+        metric: takes a callable network and returns a number, higher is better; its value goes into the ledger. Lossy passes
+            run without one too; the ledger then says that nothing was measured.
+        dump: a folder for the IR after each changing pass, written when a pass fails too; by default the environment variable
+            PARING_DUMP.
         device: where a foreign target's code runs: "emulator" or "rpc://127.0.0.1:PORT".
         progress: called with (stage, done, total).
 
@@ -148,6 +150,8 @@ def compile_version(model: Any, args: Sequence[Any], kwargs: dict[str, Any], opt
         options.passes,
         dump=options.dump,
         metric=_graph_metric(options.metric, imported),
+        # No target's own pipeline has a lossy pass: who gets one has named it.
+        unmeasured=True,
         progress=lambda name: tell(name, next(seen), count),
     )
     return Version.build(imported.with_graph(result.graph).signature, result, options.target, options.device, tell)

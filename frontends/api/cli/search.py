@@ -74,7 +74,7 @@ def _check_compiled(
     from paring.backends.build import build
     from paring.backends.devices import open_executable
 
-    lowered = run_pipeline(graph, passes).graph
+    lowered = run_pipeline(graph, passes, unmeasured=True).graph
     built = build(lowered, found, lambda done, total, name: tell("building kernels", done, total))
     with open_executable(built, found, device) as executable:
         tell("the network against the reference", 0, 0)
@@ -133,7 +133,7 @@ def why_not(
         tell(f"reading {model}", 0, 0)
         example = load_model(model, seed)
         imported = import_any(example.model, example.args, example.kwargs)
-        result = run_pipeline(imported.graph, chosen, progress=lambda name: tell(name, 0, 0))
+        result = run_pipeline(imported.graph, chosen, unmeasured=True, progress=lambda name: tell(name, 0, 0))
     declined = [(name, rewrite.rule, rewrite.node, why) for name, rewrite, why in result.declined if only in ("", name)]
     data = [{"pass": name, "rule": rule, "node": node, "why": why} for name, rule, node, why in declined]
     if not declined:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paring.backends import targets
 from paring.backends.targets import Target
-from paring.frontends.structure import Imported, Signature, Tree
-from paring.ir.errors import ArgumentError
+from paring.frontends.structure import Imported, Signature, Tree, to_torch
+from paring.ir.errors import ArgumentError, InputError
 from paring.ir.graph import Graph
 from paring.ir.ops.core import Input
 from paring.network import Network, Version, reference_call
@@ -118,6 +120,7 @@ def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imp
 
     from paring.frontends import torch_export, torch_fx
 
+    args, kwargs = torch.utils._pytree.tree_map(_as_tensor, (args, kwargs))
     if isinstance(model, torch.export.ExportedProgram):
         return torch_export.import_program(model)
     if isinstance(model, torch.fx.GraphModule):
@@ -126,6 +129,17 @@ def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imp
         return torch_export.import_model(model, args, kwargs)
     hint = "a torch.nn.Module, torch.export.ExportedProgram, torch.fx.GraphModule or paring.ir.Graph"
     raise ArgumentError(f"a {type(model).__name__} is not a model", hint=hint)
+
+
+def _as_tensor(value: Any) -> Any:
+    """A numpy array as a torch tensor, anything else as it is. Raises InputError for a dtype that torch lacks."""
+    if not isinstance(value, np.ndarray | np.generic):
+        return value
+    try:
+        return to_torch(np.asarray(value))
+    except TypeError as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"an example input is an array of {value.dtype}", why=why, hint="convert it to float32") from None
 
 
 def graph_signature(graph: Graph) -> Signature:

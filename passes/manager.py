@@ -20,7 +20,7 @@ from paring.ir.verify import verify
 from paring.passes.base import Pass
 from paring.passes.contract import Lossy
 from paring.passes.ledger import Entry, Ledger, measure
-from paring.passes.rewriter import Context, Rewrite
+from paring.passes.rewriter import Context, Rewrite, failure
 
 Hook = Callable[[int, Pass | None, Graph], None]
 
@@ -126,7 +126,7 @@ def run_pass(transformation: Pass, graph: Graph, context: Context) -> Graph:
     except ParingError:
         raise
     except Exception as error:
-        raise PassError(f"the pass raised {type(error).__name__}", why=str(error)) from error
+        raise failure("the pass", error) from error
     for what, before, now in (
         ("inputs", _inputs(graph), _inputs(after)),
         ("type of an output", _outputs(graph), _outputs(after)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
+from traceback import extract_tb
 
 from paring.ir.errors import InternalError, IRTypeError, ParingError, PassError
 from paring.ir.graph import Graph, Node, rebuild
@@ -118,7 +120,15 @@ def _try(rule: Rule, node: Node, uses: Counter[Node]) -> tuple[Match | None, Nod
         raise
     except Exception as error:
         place = f"rule {rule.name} at {describe(node)}"
-        raise PassError(f"a rule raised {type(error).__name__}", where=place, why=str(error)) from error
+        raise failure("a rule", error, place) from error
+
+
+def failure(who: str, error: Exception, where: str = "") -> PassError:
+    """What stands for an error that is none of ours: what it said, and the deepest line outside libraries."""
+    frames = extract_tb(error.__traceback__)
+    frame = ([f for f in frames if "site-packages" not in f.filename] or frames)[-1]
+    line = f"{'/'.join(PurePath(frame.filename).parts[-2:])}:{frame.lineno}"
+    return PassError(f"{who} raised {type(error).__name__} at {line}", where=where, why=str(error))
 
 
 def _replacement(rule: Rule, found: Match) -> Node | None:

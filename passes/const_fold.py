@@ -27,6 +27,7 @@ class ConstFold(Pass):
     """
 
     name = "const-fold"
+    least = {"limit": 0}
     limit: int = 1 << 20
     dequantize: bool = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from paring.ir.errors import ArgumentError
-from paring.passes.base import Pass, parse_pass, split_pipeline
+from paring.passes.base import Pass, parse_pass
 from paring.passes.canonicalize import Canonicalize
 from paring.passes.compress.quantize import Quantize
 from paring.passes.const_fold import ConstFold
@@ -16,6 +16,7 @@ from paring.passes.fold_bn import FoldBn
 from paring.passes.fold_qdq import FoldQdq
 from paring.passes.fuse import Fuse
 from paring.passes.layout import Layout
+from paring.passes.options import split_pipeline
 from paring.passes.prepack import Prepack
 from paring.passes.scale_weights import ScaleWeights
 from paring.passes.sink_reshapes import SinkReshapes

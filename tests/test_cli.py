@@ -246,7 +246,8 @@ def test_a_file_that_does_not_parse(tmp_path: Path) -> None:
         (["--dump", "{dir}/000_import.ir/x"], "cannot write"),
         (["--plugin", "{dir}/plugin.py:NotAPass"], "not a pass"),
         (["--plugin", "{dir}/plugin.py:Absent"], "has no 'Absent'"),
-        (["--plugin", "{dir}/plugin.py:Failing"], "code of yours"),
+        (["--plugin", "{dir}/plugin.py:Failing"], "plugin.py:"),
+        (["--plugin", "{dir}/plugin.py:Failing"], "rule fails at relu"),
         (["--target", "arm", "--check"], "--device emulator"),
     ],
 )

@@ -253,6 +253,24 @@ def test_aliased_inputs() -> None:
     assert len(imported.graph.inputs) == 2
 
 
+def test_provenance_is_the_users_line_or_none_but_never_one_of_torch() -> None:
+    body = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU()))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)
+
+    line = Model.forward.__code__.co_firstlineno + 1
+    for model, source in ((Model(), f"tests/test_frontend_models.py:{line}"), (body, "")):
+        locs = [n.loc for n in import_model(model.eval(), (torch.ones(1, 2),)).graph.nodes() if n.op.name in ("linear", "relu")]
+        assert [loc.source for loc in locs if loc] == [source, source]
+        assert all(loc and loc.module for loc in locs)
+
+
 def test_fx_graph_modules_keep_their_provenance() -> None:
     model, x = settled(Cnn()), torch.randn(1, 3, 8, 8)
     tracer = torch.fx.Tracer()

@@ -13,6 +13,8 @@ from paring.ir.types import TensorType
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
+ALGORITHMS = ("direct",)
+
 
 def conv_extent(size: int, kernel: int, stride: int, padding: Pair, dilation: int) -> int:
     """Output size along one dimension; negative or zero where the kernel does not fit."""
@@ -64,9 +66,11 @@ class Conv2d(Op):
         x, w = types[:2]
         dtype = product_dtype(*types)
         require(self.pad_value == 0 or dtype == "int32", "floats are padded with zeros only")
+        require(self.algorithm in ALGORITHMS, f"unknown algorithm {self.algorithm!r}", hint=f"known: {', '.join(ALGORITHMS)}")
         require(min(*self.stride, *self.dilation, self.groups) >= 1, "stride, dilation and groups are positive")
         require(min(map(min, self.padding)) >= 0, "padding is not negative", hint="slice the input instead")
         (n, c, h, wd), (o, i, kh, kw) = self._plain_shapes(x, w)
+        require(min(o, kh, kw) > 0, "the weight is empty", why=f"{w}")
         require(o % self.groups == 0, f"{o} output channels do not divide into {self.groups} groups")
         require(c == i * self.groups, "input channels do not match the weight", why=f"{c} against {i} x {self.groups} groups")
         if len(types) == 3:
@@ -179,6 +183,7 @@ class ConvTranspose2d(Op):
         x, w = types[:2]
         require(x.is_float and all(t.dtype == x.dtype for t in types), "operands are not of one float type")
         require(x.rank == 4 and w.rank == 4, "x and weight have four dimensions", why=f"{x}, {w}")
+        require(w.size > 0, "the weight is empty", why=f"{w}")
         require(min(*self.stride, *self.dilation, self.groups) >= 1, "stride, dilation and groups are positive")
         n, c, *size = x.shape
         require(min(x.shape[1:]) > 0, "x has no channels or no pixels", why=f"{x}")

@@ -12,7 +12,7 @@ from paring.ir.errors import ArgumentError, ParseError
 from paring.ir.graph import Graph
 from paring.ir.parser import parse_attributes
 from paring.ir.text import literal
-from paring.passes.contract import Close, Contract, Exact, Lossy
+from paring.passes.contract import Contract, Exact, Lossy, weakest
 from paring.passes.options import check_least, settle
 from paring.passes.pattern import Rule
 from paring.passes.rewriter import Context, apply_rules
@@ -51,8 +51,7 @@ class Pass:
         contracts = [rule.contract for rule in self.rules() if rule.name in fired]
         if not self.rules() or isinstance(self.contract, Lossy):
             return self.contract
-        ulps = max((c.ulps for c in contracts if isinstance(c, Close)), default=0.0)
-        return Close(ulps) if ulps else Exact()
+        return weakest(contracts)
 
     @classmethod
     def summary(cls) -> str:

@@ -12,6 +12,7 @@ from paring.passes.cse import Cse
 from paring.passes.dce import Dce
 from paring.passes.decompose import Decompose
 from paring.passes.fold_bn import FoldBn
+from paring.passes.fold_qdq import FoldQdq
 from paring.passes.fuse import Fuse
 from paring.passes.layout import Layout
 from paring.passes.options import split_pipeline
@@ -21,7 +22,7 @@ from paring.passes.sink_reshapes import SinkReshapes
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
+    for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, FoldQdq, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
 }
 
 _SIMPLIFY = ("canonicalize", "const-fold", "cse", "dce")
@@ -33,6 +34,8 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         *_SIMPLIFY,
         "fold-bn",
         "decompose",
+        "fold-qdq",
+        "const-fold{{dequantize=True}}",
         "sink-reshapes",
         "canonicalize",
         "const-fold",

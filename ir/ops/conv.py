@@ -78,10 +78,13 @@ class Conv2d(Op):
         oh = conv_extent(h, kh, self.stride[0], self.padding[0], self.dilation[0])
         ow = conv_extent(wd, kw, self.stride[1], self.padding[1], self.dilation[1])
         require(oh > 0 and ow > 0, "the kernel is larger than the padded input", why=f"{(kh, kw)} on {(h, wd)}")
-        partial = bool(self.in_channels or self.out_channels)
-        require(not partial or self.groups == 1, "only a convolution of one group has blocks that are not full")
-        require(0 <= self.in_channels <= i, "in_channels are not within the weight", why=f"{self.in_channels} of {i}")
-        require(0 <= self.out_channels <= o, "out_channels are not within the weight", why=f"{self.out_channels} of {o}")
+        blocks = lay.weight_blocks(self.weight_layout) or (1, 1)
+        for name, count, whole, size in (
+            ("in_channels", self.in_channels, i, blocks[0]),
+            ("out_channels", self.out_channels, o, blocks[1]),
+        ):
+            partial = count == 0 or (self.groups == 1 and whole - size < count <= whole)
+            require(partial, f"{name} {count} does not end in the last block", why=f"{whole} in blocks of {size}")
         block = lay.channel_block(self.out_layout)
         if block is None:
             return TensorType(dtype, (n, o, oh, ow))

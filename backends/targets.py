@@ -16,17 +16,18 @@ from paring.ir.errors import ArgumentError
 class Target:
     """What the schedules, the passes' options and the linker need to know of a machine.
 
-    `lanes`: float32 elements of a vector register. `registers`: vector registers. `l1`, `l2`: data caches of one core, bytes.
-    `block`: channels of a blocked layout. `dot`: the instructions that sum products of bytes, a name in `schedules/dot.py`,
-    and `group` the channels that they take at a time. `needs`: CPU flags that the running host must have. `device`: "host"
-    where this machine runs its code, "" where a device must be given. `linker`: the cross compiler, with the Debian package
-    that has it; empty for the host's own.
+    `elf_machine`: what the ELF header of its libraries says. `lanes`: float32 elements of a vector register. `registers`:
+    vector registers. `l1`, `l2`: data caches of one core, bytes. `block`: channels of a blocked layout. `dot`: the
+    instructions that sum products of bytes, a name in `schedules/dot.py`, and `group` the channels that they take at a time.
+    `needs`: CPU flags that the running host must have. `device`: "host" where this machine runs its code, "" where a device
+    must be given. `linker`: the cross compiler, with the Debian package that has it; empty for the host's own.
     """
 
     name: str
     arch: str
     cpu: str
     triple: str
+    elf_machine: int
     lanes: int
     registers: int
     block: int
@@ -50,10 +51,11 @@ class Target:
 _X86 = "x86_64-linux-gnu"
 _ARM = "aarch64-linux-gnu"
 
-REFERENCE = Target("reference", "any", "", "", lanes=1, registers=1, block=1, pipeline="none")
+REFERENCE = Target("reference", "any", "", "", elf_machine=0, lanes=1, registers=1, block=1, pipeline="none")
 
 _AVX2 = Target(
     *("x86-avx2", "x86_64", "x86-64-v3", _X86),
+    elf_machine=62,
     lanes=8,
     registers=16,
     block=8,
@@ -63,6 +65,7 @@ _AVX2 = Target(
 )
 _AVX512 = Target(
     *("x86-avx512", "x86_64", "x86-64-v4", _X86),
+    elf_machine=62,
     lanes=16,
     registers=32,
     block=16,
@@ -92,6 +95,7 @@ TARGETS: dict[str, Target] = {
             "aarch64",
             "cortex-a76",
             _ARM,
+            elf_machine=183,
             lanes=4,
             registers=32,
             block=8,

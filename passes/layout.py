@@ -132,7 +132,9 @@ def _conv(w: _Walker, node: Node) -> Node | None:
     groups = blocks_of(out, block) * block if depthwise else op.groups
     weight_layout = f"OIHW{block_in // w.group}i{block}o{w.group}i" if integer else f"OIHW{block_in}i{block}o"
     layout = "NCHW" if from_plain else w.layout if depthwise else f"NCHW{block_in}c"
-    in_channels = channels if op.groups == 1 and channels % block_in else 0
+    # Bytes are read in whole groups: the weights of what fills up the last one are zeros.
+    read = blocks_of(channels, w.group) * w.group if integer else channels
+    in_channels = read if op.groups == 1 and read % block_in else 0
     out_channels = out if op.groups == 1 and out % block else 0
     new = dataclasses.replace(op, layout=layout, out_layout=w.layout, weight_layout=weight_layout, groups=groups)
     new = dataclasses.replace(new, in_channels=in_channels, out_channels=out_channels)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from paring.ir.graph import Graph, Node
+from paring.ir.graph import Graph
+from paring.ir.liveness import peak_activation_bytes
 from paring.ir.ops.core import Const, Region
-from paring.ir.ops.shape import Reshape
-from paring.passes.contract import Contract, compose, parse_contract
+from paring.passes.contract import Close, Contract, compose, parse_contract
+
+# How many layers of the lowest SQNR the text shows; the entry has all.
+SHOWN_LAYERS = 5
 
 
 @dataclass(frozen=True)
 class Size:
-    """A program in figures. Peak activations: the most bytes alive at once when nodes run in order, views being free."""
+    """A program in figures."""
 
     nodes: int
     macs: int
@@ -35,35 +37,12 @@ def measure(graph: Graph) -> Size:
         for member in members:
             if isinstance(member.op, Const):
                 digests[member.op.digest] = member.type.bytes
-    return Size(nodes, macs, sum(digests.values()), _peak_bytes(graph))
-
-
-def _peak_bytes(graph: Graph) -> int:
-    def storage(node: Node) -> Node:
-        while isinstance(node.op, Reshape):
-            (node,) = node.inputs
-        return node
-
-    left: Counter[Node] = Counter(storage(n) for n in graph.outputs)
-    order = [n for n in graph.nodes() if not isinstance(n.op, Const | Reshape)]
-    for node in order:
-        left.update(storage(i) for i in node.inputs)
-    alive = peak = 0
-    for node in order:
-        alive += node.type.bytes
-        peak = max(peak, alive)
-        for operand in map(storage, node.inputs):
-            left[operand] -= 1
-            if left[operand] == 0 and not isinstance(operand.op, Const):
-                alive -= operand.type.bytes
-        if left[node] == 0:
-            alive -= node.type.bytes
-    return peak
+    return Size(nodes, macs, sum(digests.values()), peak_activation_bytes(graph))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of one pass."""
+    """One run of one pass. `sqnr`: of each layer that became lossy, the signal-to-quantization-noise ratio in dB."""
 
     step: int
     name: str
@@ -74,6 +53,17 @@ class Entry:
     after: Size
     changed: bool
     metric: float | None = None
+    sqnr: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def remarks(self) -> list[str]:
+        """What the table has no column for, one line each: the metric, notes, and the layers of the lowest SQNR."""
+        found = list(self.notes) if self.metric is None else [f"metric {self.metric:g}", *self.notes]
+        worst = sorted(self.sqnr.items(), key=lambda item: item[1])[:SHOWN_LAYERS]
+        if worst:
+            shown = ", ".join(f"{name} {ratio:.1f} dB" for name, ratio in worst)
+            found.append(f"lowest SQNR of {len(self.sqnr)} layers: {shown}")
+        return found
 
     def as_json(self) -> dict[str, object]:
         plain = dataclasses.asdict(self)
@@ -90,8 +80,11 @@ class Ledger:
     @property
     def contract(self) -> Contract:
         """What the whole run promises, each Close counted once for each of its rewrites."""
-        fired = [(e.contract, max(sum(e.rewrites.values()), 1)) for e in self.entries if e.changed]
-        return compose([c for c, times in fired for c in [c] * times])
+        contracts: list[Contract] = []
+        for entry in self.entries:
+            times = sum(entry.rewrites.values()) if isinstance(entry.contract, Close) else 1
+            contracts += [entry.contract] * times if entry.changed else []
+        return compose(contracts)
 
     @property
     def seconds(self) -> float:
@@ -112,19 +105,24 @@ class Ledger:
         for plain in data["entries"]:
             sizes = {side: Size(**plain[side]) for side in ("before", "after")}
             contract = parse_contract(plain["contract"])
-            entries.append(Entry(**{"seconds": 0.0, **plain, **sizes, "contract": contract}))
+            notes = tuple(plain.get("notes", ()))
+            entries.append(Entry(**{"seconds": 0.0, **plain, **sizes, "contract": contract, "notes": notes}))
         return Ledger(entries)
 
     def __str__(self) -> str:
+        wide = max([10, *(len(str(e.contract)) for e in self.entries)])
         lines = [
-            f"{'':>3} {'pass':<28} {'contract':<10} {'fired':>5} {'nodes':>6} {'MMACs':>9} "
+            f"{'':>3} {'pass':<28} {'contract':<{wide}} {'fired':>5} {'nodes':>6} {'MMACs':>9} "
             f"{'param KiB':>10} {'peak KiB':>9} {'ms':>8}"
         ]
         for e in self.entries:
             a = e.after
             lines.append(
-                f"{e.step:>3} {e.name:<28} {e.contract!s:<10} {sum(e.rewrites.values()):>5} {a.nodes:>6} {a.macs / 1e6:>9.1f} "
-                f"{a.parameter_bytes / 1024:>10.1f} {a.peak_activation_bytes / 1024:>9.1f} {e.seconds * 1e3:>8.1f}"
+                f"{e.step:>3} {e.name:<28} {e.contract!s:<{wide}} {sum(e.rewrites.values()):>5} {a.nodes:>6} "
+                f"{a.macs / 1e6:>9.1f} {a.parameter_bytes / 1024:>10.1f} {a.peak_activation_bytes / 1024:>9.1f} "
+                f"{e.seconds * 1e3:>8.1f}"
             )
+        for e in self.entries:
+            lines.extend(f"{e.step:>3} {line}" for line in e.remarks())
         lines.append(f"in all: {self.contract}, {self.seconds * 1e3:.0f} ms")
         return "\n".join(lines)

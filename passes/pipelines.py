@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from paring.ir.errors import ArgumentError
-from paring.passes.base import Pass, parse_pass, split_pipeline
+from paring.passes.base import Pass, parse_pass
 from paring.passes.canonicalize import Canonicalize
+from paring.passes.compress.quantize import Quantize
 from paring.passes.const_fold import ConstFold
 from paring.passes.cse import Cse
 from paring.passes.dce import Dce
 from paring.passes.decompose import Decompose
 from paring.passes.fold_bn import FoldBn
+from paring.passes.fold_qdq import FoldQdq
 from paring.passes.fuse import Fuse
 from paring.passes.layout import Layout
+from paring.passes.options import split_pipeline
 from paring.passes.prepack import Prepack
 from paring.passes.scale_weights import ScaleWeights
 from paring.passes.sink_reshapes import SinkReshapes
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
+    for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, FoldQdq, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
 }
+
+LOSSY: dict[str, type[Pass]] = {cls.name: cls for cls in (Quantize,)}
+"""Those that may change what is computed; no pipeline below has one."""
 
 HOW = "give passes by name, like 'cse, layout{block=16}', or objects: [Cse(), 'dce']"
 
@@ -30,10 +36,14 @@ _SIMPLIFY = ("canonicalize", "const-fold", "cse", "dce")
 PIPELINES: dict[str, tuple[str, ...]] = {
     "none": (),
     "simplify": _SIMPLIFY,
+    # Before the user's lossy passes: they see layers whose batch norms are folded.
+    "prepare": (*_SIMPLIFY, "fold-bn", "decompose", "sink-reshapes", "canonicalize", "const-fold", "cse", "dce"),
     "blocked": (
         *_SIMPLIFY,
         "fold-bn",
         "decompose",
+        "fold-qdq",
+        "const-fold{{dequantize=True}}",
         "sink-reshapes",
         "canonicalize",
         "const-fold",
@@ -61,7 +71,7 @@ def parse_pipeline(steps: str | Iterable[str | Pass], extra: Mapping[str, type[P
 
     Raises ArgumentError for anything else.
     """
-    table = {**PASSES, **(extra or {})}
+    table = {**PASSES, **LOSSY, **(extra or {})}
     if not isinstance(steps, Iterable):
         raise ArgumentError(f"passes are text or a sequence, not {steps!r}", hint=HOW)
     parts: Sequence[str | Pass] = split_pipeline(steps) if isinstance(steps, str) else tuple(steps)
@@ -69,6 +79,11 @@ def parse_pipeline(steps: str | Iterable[str | Pass], extra: Mapping[str, type[P
         if not isinstance(part, str | Pass):
             raise ArgumentError(f"{part!r} is not a pass", hint=HOW)
     return tuple(part if isinstance(part, Pass) else parse_pass(part, table) for part in parts)
+
+
+def prepared(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """The user's passes, the lossy ones among them given what they need to come before."""
+    return (*parse_pipeline(PIPELINES["prepare"]), *passes) if any(each.lossy for each in passes) else passes
 
 
 def show_pipeline(passes: Iterable[Pass]) -> str:

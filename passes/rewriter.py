@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
+from traceback import extract_tb
 
-from paring.ir.errors import InternalError, IRTypeError
+from paring.ir.errors import InternalError, IRTypeError, ParingError, PassError
 from paring.ir.graph import Graph, Node, rebuild
-from paring.ir.op import Op
+from paring.ir.interpreter import interpret
+from paring.ir.op import Array, Op
+from paring.passes.contract import Contract
 from paring.passes.pattern import Match, Rule, match
 
 MAX_SWEEPS = 32
 MAX_REWRITES_AT_ONE_NODE = 64
+
+# Runs a graph on given inputs.
+Run = Callable[[Graph, Sequence[Array]], list[Array]]
+# Told what is being done, steps done and steps in all.
+Tell = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +41,24 @@ class Rewrite:
 
 @dataclass
 class Context:
-    """What a pass is given besides the graph: fuel to spend, and where to write down what it did and did not do."""
+    """What a pass is given besides the graph: fuel to spend, and where to write down what it did and did not do.
+
+    For lossy passes also `calibration` (batches of inputs), `run` (runs a graph, perhaps faster than the interpreter), the
+    user's `metric` of a graph, higher is better, whom to `tell` of progress, and the graphs of `earlier` stages. They write
+    the SQNR of each layer (dB) and `notes` for the ledger, and what they `promise` where that is only known afterwards.
+    """
 
     fuel: int | None = None
     rewrites: list[Rewrite] = field(default_factory=list)
     declined: list[tuple[Rewrite, str]] = field(default_factory=list)
+    calibration: Sequence[Sequence[Array]] = ()
+    run: Run = interpret
+    metric: Callable[[Graph], float] | None = None
+    tell: Tell = silent
+    earlier: Sequence[Graph] = ()
+    sqnr: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    promise: Contract | None = None
 
     def spend(self, rule: str, node: Node) -> bool:
         """Take one unit for a rewrite at a node; False, and nothing may be changed, when the fuel is used up."""
@@ -95,10 +121,9 @@ def _sweep(graph: Graph, by_op: _RulesByOp, context: Context) -> Graph:
 
 def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], context: Context) -> Node | None:
     for rule in rules:
-        found = match(rule.pattern, node, uses)
+        found, replacement = _try(rule, node, uses)
         if found is None:
             continue
-        replacement = _attempt(rule, found)
         if replacement is None:
             if found.reason:
                 context.decline(rule.name, node, found.reason)
@@ -108,15 +133,34 @@ def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], contex
     return None
 
 
-def _attempt(rule: Rule, found: Match) -> Node | None:
+def _try(rule: Rule, node: Node, uses: Counter[Node]) -> tuple[Match | None, Node | None]:
+    """The match and what takes the node's place. Whatever a rule raises becomes a ParingError that names rule and node."""
     try:
-        replacement = rule.rewrite(found)
-    except IRTypeError as error:
-        where = f"rule {rule.name} at {describe(found.root)}: {error.where}"
-        raise IRTypeError(error.what, where=where, why=error.why, hint=error.hint) from None
-    if replacement is found.root:
+        found = match(rule.pattern, node, uses)
+        return found, _replacement(rule, found) if found else None
+    except ParingError as error:
+        place = f"rule {rule.name} at {describe(node)}"
+        error.where = f"{place}: {error.where}" if error.where else place
+        raise
+    except Exception as error:
+        place = f"rule {rule.name} at {describe(node)}"
+        raise failure("a rule", error, place) from error
+
+
+def failure(who: str, error: Exception, where: str = "") -> PassError:
+    """What stands for an error that is none of ours: what it said, and the deepest line outside libraries."""
+    frames = extract_tb(error.__traceback__)
+    frame = ([f for f in frames if "site-packages" not in f.filename] or frames)[-1]
+    line = f"{'/'.join(PurePath(frame.filename).parts[-2:])}:{frame.lineno}"
+    return PassError(f"{who} raised {type(error).__name__} at {line}", where=where, why=str(error))
+
+
+def _replacement(rule: Rule, found: Match) -> Node | None:
+    replacement: object = rule.rewrite(found)
+    if replacement is found.root or replacement is None:
         return None
-    if replacement is not None and replacement.type != found.root.type:
-        where = f"rule {rule.name} at {describe(found.root)}"
-        raise IRTypeError(f"a rewrite gives {replacement.type} in place of {found.root.type}", where=where)
+    if not isinstance(replacement, Node):
+        raise PassError(f"a rewrite gives a {type(replacement).__name__}, not a node")
+    if replacement.type != found.root.type:
+        raise IRTypeError(f"a rewrite gives {replacement.type} in place of {found.root.type}")
     return replacement

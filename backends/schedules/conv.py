@@ -95,16 +95,9 @@ class Shape:
         last = (self.out_height - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] - self.top
         return self.top > 0 or last >= self.height
 
-    def widths(self, first: int, blocks: int) -> tuple[int, ...]:
-        """Lanes to compute of some output blocks: of one that is half padding, half of them, and so on."""
-
-        def lanes(block: int) -> int:
-            used, width = self.out_channels - block * self.block, self.block
-            while width % 2 == 0 and width // 2 >= max(used, NARROW):
-                width //= 2
-            return width
-
-        return tuple(map(lanes, range(first, first + blocks)))
+    def used(self, first: int, blocks: int) -> tuple[int, ...]:
+        """How many lanes of some output blocks are not padding."""
+        return tuple(min(self.block, self.out_channels - block * self.block) for block in range(first, first + blocks))
 
     def taps(self, start: int, width: int) -> Taps:
         """For a tile of `width` output columns from `start`."""
@@ -161,7 +154,7 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
     """Write the loops of a region around that convolution."""
     shape = Shape.of(anchor)
     columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
-    channels = runs(balanced(shape.out_blocks, knobs.blocks), shape.widths)
+    channels = runs(balanced(shape.out_blocks, knobs.blocks), shape.used)
     # Channels before pixels: the weights of a tile stay in the cache while they are used. Large ones serve all images at once.
     order = (1, 2, 0, 3, 4) if anchor.inputs[1].type.size * shape.images > anchor.inputs[0].type.size else (0, 1, 2, 3, 4)
     order = (0, 1, 3, 4, 2) if knobs.pixels_first else order
@@ -179,6 +172,13 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
             dispatch(kernel, column, columns, at_column)
 
         dispatch(kernel, channel, channels, at_channel)
+
+
+def computed(used: int, block: int) -> int:
+    """Lanes to compute of a block: half of them where half is padding, and so on."""
+    while block % 2 == 0 and block // 2 >= max(used, NARROW):
+        block //= 2
+    return block
 
 
 def kernel_rows(kernel: Kernel, shape: Shape, y: Scalar) -> tuple[Scalar, Scalar]:
@@ -211,7 +211,7 @@ class _Step:
 
 @dataclass
 class _Tile:
-    """One register tile: `tile.width` columns, channel blocks of `widths` lanes; at = (n, group, first block, y, x).
+    """One register tile: `tile.width` columns, channel blocks of `used` lanes; at = (n, group, first block, y, x).
 
     It is number `turn` of the `turns` tiles that use the same weights.
     """
@@ -220,7 +220,7 @@ class _Tile:
     anchor: Node
     shape: Shape
     at: tuple[Scalar, ...]
-    widths: tuple[int, ...]
+    used: tuple[int, ...]
     tile: Run
     turn: Scalar
     turns: int
@@ -228,6 +228,7 @@ class _Tile:
     def emit(self) -> None:
         k, s = self.kernel, self.shape
         self.n, self.group, first, self.y, self.x = self.at
+        self.widths = tuple(computed(lanes, s.block) for lanes in self.used)
         op = self.anchor.op
         assert isinstance(op, Conv2d)
         dot = dot_for(self.anchor.inputs[0].type.dtype, k.target)
@@ -258,10 +259,12 @@ class _Tile:
         value, lanes = self.sums.value(i, j), self.widths[j]
         if self.dot.uniform:
             value = value - self.sums.value(self.tile.width, j)
-        if lanes == self.shape.block:
+        block, used = self.shape.block, self.used[j]
+        if used == block:
             return value
-        places = [tirx.const(place, "int32") for place in range(self.shape.block)]
-        return tirx.Shuffle([value, constant(0, self.sums.dtype, self.shape.block - lanes)], places)
+        # Lanes from `lanes` on are zeros of the second operand: those of the padding take the first of them.
+        zeros = constant(0, self.sums.dtype, max(block - lanes, NARROW))
+        return tirx.Shuffle([value, zeros], [tirx.const(i if i < used else lanes, "int32") for i in range(block)])
 
     def _accumulate(self, ci: Scalar, low: Scalar, high: Scalar, channels: int) -> None:
         """All taps of the kernel rows [low, high) over the first `channels` of a block of input channels."""

@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paring.backends import targets
 from paring.backends.targets import Target
-from paring.frontends.structure import Imported, Signature, Tree
-from paring.ir.errors import ArgumentError
+from paring.calibration import HostRun, collect, flatten
+from paring.frontends.structure import Imported, Signature, Tree, to_torch
+from paring.ir.errors import ArgumentError, InputError
 from paring.ir.graph import Graph
+from paring.ir.interpreter import interpret
 from paring.ir.ops.core import Input
-from paring.network import Network, Version, reference_call
+from paring.network import Network, Version, graph_call
 from paring.passes.base import Pass
 from paring.passes.manager import run_pipeline
-from paring.passes.pipelines import parse_pipeline
+from paring.passes.pipelines import parse_pipeline, prepared
 from paring.passes.pipelines import pipeline as named_pipeline
+from paring.passes.rewriter import Run
 
 # Told what is being done: the stage's name, then steps done and steps in all (0 where unknown).
 Progress = Callable[[str, int, int], None]
@@ -32,6 +37,7 @@ class Options:
     passes: tuple[Pass, ...]
     dump: Path | None = None
     device: str | None = None
+    calibration: tuple[Any, ...] = ()
     metric: Callable[[Any], float] | None = None
     progress: Progress | None = None
 
@@ -59,20 +65,22 @@ def compile(
             versions: its ledger, ir and profile, and the dumps, are those of the version compiled last.
         kwargs: example keyword inputs.
         target: a name from `paring.backends.targets.names()`.
-        passes: passes to run before the target's own pipeline, as text (`"a, b{x=1}"`) or a sequence.
+        passes: passes to run before the target's own pipeline, as text (`"a, b{x=1}"`) or a sequence. Lossy ones are given
+            a graph that is simplified and has its batch norms folded.
         pipeline: passes to run instead of the target's own pipeline.
-        calibration: an iterable of inputs for lossy passes; no pass of this release asks for it.
-        metric: takes a callable network and returns a number, higher is better; its value goes into the ledger.
-        dump: a folder for the IR after each changing pass; by default the environment variable PARING_DUMP.
+        calibration: an iterable of inputs for lossy passes: tuples, single tensors, or dicts of keyword inputs.
+        metric: takes a callable network and returns a number, higher is better; its value goes into the ledger, after each
+            lossy pass where there are some, else after each pass that changed something. Lossy passes run without one too;
+            the ledger then says so.
+        dump: a folder for the IR after each changing pass, written when a pass fails too; by default the environment variable
+            PARING_DUMP.
         device: where a foreign target's code runs: "emulator" or "rpc://127.0.0.1:PORT".
         progress: called with (stage, done, total).
 
     Raises ArgumentError for an unknown target, pass or option, ModelError and UnsupportedOpsError for models that cannot
     be imported, InputError for impossible inputs, TargetError where the host lacks what the target needs.
     """
-    options = _options(target, passes, pipeline, dump, device, metric, progress)
-    if calibration is not None:
-        raise ArgumentError("calibration data were given, but no pass that uses them", hint="leave `calibration` out")
+    options = _options(target, passes, pipeline, dump, device, calibration, metric, progress)
     if inputs is None and kwargs is None and not _is_closed(model):
         return Network({}, options.target, lambda args, kw: compile_version(model, args, kw, options))
     version = compile_version(model, as_tuple(inputs), dict(kwargs or {}), options)
@@ -85,6 +93,7 @@ def _options(
     whole: str | Iterable[str | Pass] | None,
     dump: str | Path | None,
     device: str | None,
+    calibration: Iterable[Any] | None,
     metric: Callable[[Any], float] | None,
     progress: Progress | None,
 ) -> Options:
@@ -94,8 +103,11 @@ def _options(
     targets.check_device(found, device)
     first = parse_pipeline(passes) if passes is not None else ()
     rest = parse_pipeline(whole if whole is not None else named_pipeline(found.pipeline, found.pipeline_options()))
+    chosen = (*prepared(first), *rest)
+    if calibration is not None and not any(each.calibrated for each in chosen):
+        raise ArgumentError("calibration data were given, but no pass that uses them", hint="leave `calibration` out")
     folder = dump if dump is not None else os.environ.get("PARING_DUMP") or None
-    return Options(found, (*first, *rest), Path(folder) if folder else None, device, metric, progress)
+    return Options(found, chosen, Path(folder) if folder else None, device, collect(calibration), metric, progress)
 
 
 def _is_closed(model: Any) -> bool:
@@ -118,6 +130,7 @@ def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imp
 
     from paring.frontends import torch_export, torch_fx
 
+    args, kwargs = torch.utils._pytree.tree_map(_as_tensor, (args, kwargs))
     if isinstance(model, torch.export.ExportedProgram):
         return torch_export.import_program(model)
     if isinstance(model, torch.fx.GraphModule):
@@ -126,6 +139,17 @@ def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imp
         return torch_export.import_model(model, args, kwargs)
     hint = "a torch.nn.Module, torch.export.ExportedProgram, torch.fx.GraphModule or paring.ir.Graph"
     raise ArgumentError(f"an object of type {type(model).__name__} is not a model", hint=hint)
+
+
+def _as_tensor(value: Any) -> Any:
+    """A numpy array as a torch tensor, anything else as it is. Raises InputError for a dtype that torch lacks."""
+    if not isinstance(value, np.ndarray | np.generic):
+        return value
+    try:
+        return to_torch(np.asarray(value))
+    except TypeError as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"an example input is an array of {value.dtype}", why=why, hint="convert it to float32") from None
 
 
 def graph_signature(graph: Graph) -> Signature:
@@ -145,18 +169,28 @@ def compile_version(model: Any, args: Sequence[Any], kwargs: dict[str, Any], opt
     imported = import_any(model, tuple(args), kwargs)
     count = len(options.passes)
     seen = iter(range(1, count + 1))
-    result = run_pipeline(
-        imported.graph,
-        options.passes,
-        dump=options.dump,
-        metric=_graph_metric(options.metric, imported),
-        progress=lambda name: tell(name, next(seen), count),
-    )
+    run = HostRun(options.target, tell)
+    try:
+        result = run_pipeline(
+            imported.graph,
+            options.passes,
+            dump=options.dump,
+            metric=_graph_metric(options, imported, run),
+            progress=lambda name: tell(name, next(seen), count),
+            calibration=flatten(options.calibration, imported.signature),
+            run=run,
+            tell=tell,
+        )
+    finally:
+        run.close()
     return Version.build(imported.with_graph(result.graph).signature, result, options.target, options.device, tell)
 
 
-def _graph_metric(metric: Callable[[Any], float] | None, imported: Imported) -> Callable[[Graph], float] | None:
-    """The user's metric of a callable network, as a figure of a graph, which the reference interpreter runs."""
+def _graph_metric(options: Options, imported: Imported, run: Run) -> Callable[[Graph], float] | None:
+    """The user's metric of a callable network, as a figure of a graph."""
+    metric = options.metric
     if metric is None:
         return None
-    return lambda graph: float(metric(reference_call(graph, imported.signature)))
+    # What comes before a lossy pass can be compiled by itself; any stage can be interpreted.
+    runs = run if any(each.lossy for each in options.passes) else interpret
+    return lambda graph: metric(graph_call(graph, imported.signature, runs))

@@ -21,6 +21,7 @@ from paring.ir.text import show
 from paring.ir.types import TensorType
 from paring.passes.ledger import Ledger
 from paring.passes.manager import Result
+from paring.passes.rewriter import Run
 
 if TYPE_CHECKING:
     from paring.backends.build import Built
@@ -91,6 +92,7 @@ class Network:
         self._versions = versions
         self._make = make
         self._lock = threading.Lock()
+        self._closed = False
         self.target = target
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,9 +182,11 @@ class Network:
 
     def close(self) -> None:
         """Free the network; calling it afterwards is an error."""
-        for version in self._versions.values():
-            if version.executable is not None:
-                version.executable.close()
+        with self._lock:
+            self._closed = True
+            for version in self._versions.values():
+                if version.executable is not None:
+                    version.executable.close()
 
     def __enter__(self) -> Network:
         return self
@@ -208,6 +212,8 @@ class Network:
             return self._versions[None]
         key = call_key(args, kwargs)
         with self._lock:
+            if self._closed:
+                raise InputError("the network is closed", hint="compile or load it again")
             if key not in self._versions:
                 self._versions[key] = self._make(args, kwargs)
             return self._versions[key]
@@ -269,11 +275,11 @@ def _shape_of(value: Any, leaves: list[Any]) -> Any:
     return None
 
 
-def reference_call(graph: Graph, signature: Signature) -> Callable[..., Any]:
-    """A callable that takes what the network takes and runs a graph by the reference interpreter."""
+def graph_call(graph: Graph, signature: Signature, run: Run = interpret) -> Callable[..., Any]:
+    """A callable that takes what the network takes and runs a graph, by the reference interpreter unless told otherwise."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         arrays = signature.flatten_inputs(args, kwargs)
-        return signature.unflatten_outputs(interpret(graph, arrays), any_torch(args, kwargs))
+        return signature.unflatten_outputs(run(graph, arrays), any_torch(args, kwargs))
 
     return call

@@ -245,12 +245,12 @@ def chosen_passes(target: str, passes: str | None, whole: str | None, plugins: S
     """
     from paring.backends import targets
     from paring.passes.base import parse_pass
-    from paring.passes.pipelines import parse_pipeline, pipeline
+    from paring.passes.pipelines import parse_pipeline, pipeline, prepared
 
     extra = load_plugins(plugins)
     found = targets.resolve(target)
     own = whole if whole is not None else pipeline(found.pipeline, found.pipeline_options())
-    chosen = (*parse_pipeline(passes or (), extra), *parse_pipeline(own, extra))
+    chosen = (*prepared(parse_pipeline(passes or (), extra)), *parse_pipeline(own, extra))
     named = {each.name for each in chosen}
     first = tuple(parse_pass(name, extra) for name in extra if name not in named)
     return (*first, *chosen)

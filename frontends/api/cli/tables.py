@@ -24,9 +24,9 @@ def passes(
 ) -> Report:
     """List the passes with their contracts, and the pipeline of each target; or show one pass with its rules."""
     from paring.cli.inputs import find, load_plugins
-    from paring.passes.pipelines import PASSES
+    from paring.passes.pipelines import LOSSY, PASSES
 
-    known = {**PASSES, **load_plugins(plugin or ())}
+    known = {**PASSES, **LOSSY, **load_plugins(plugin or ())}
     if name is not None:
         return _one_pass(find(name, known, "pass"))
     rows = [{"name": cls.name, "contract": str(cls.contract), "summary": cls.summary()} for cls in known.values()]

@@ -1,0 +1,147 @@
+"""quantize: post-training quantization to 8 bits, in the form quantize - dequantize, which `fold-qdq` turns into integers."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paring.ir.errors import ArgumentError
+from paring.ir.graph import Graph, Node
+from paring.ir.ops.quantized import BYTES
+from paring.passes.base import Pass
+from paring.passes.compress.calibrate import calibrate, check_calibration
+from paring.passes.compress.observers import make_observer
+from paring.passes.compress.scan import KINDS, Recipe, output_noise, scan
+from paring.passes.compress.units import LAYERS, Flow, Names, Unit, find_units, insert
+from paring.passes.compress.weights import METHODS, most_of, quantized_weight
+from paring.passes.contract import Lossy
+from paring.passes.rewriter import Context
+
+WEIGHTS = ("channel", "tensor")
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Activations and weights become 8-bit integers, in ranges found with calibration data.
+
+    Each value that a unit reads (a product with its residual sum and relu, an elementwise function, a mean, a norm) gets
+    quantize and dequantize; weights become dequantize of int8. What no unit reads, graph outputs above all, stays float.
+
+    `calibrator`: minmax, ema (with `momentum`), percentile (with `percentile`), kl or mse. `activations`: uint8 or int8.
+    `weights`: one scale for each output channel, or one for the tensor; `bits` 2 to 8; `weight_range`: minmax or mse.
+    `skip`: module paths and glob patterns, with commas: these layers stay float.
+    `scan`: the SQNR in the ledger is of each layer's own result (layer), of the network's outputs when only this layer is
+    quantized (network), or not computed (none). `budget`: the worst layers by that figure stay float until the metric has
+    fallen by at most so much.
+    """
+
+    name = "quantize"
+    contract = Lossy("metric", math.inf)
+    lossy = True
+    calibrated = True
+    calibrator: str = "minmax"
+    activations: str = "uint8"
+    weights: str = "channel"
+    bits: int = 8
+    weight_range: str = "minmax"
+    percentile: float = 99.99
+    momentum: float = 0.9
+    skip: str = ""
+    scan: str = "layer"
+    budget: float = math.inf
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        self._check(context)
+        flow, skip = Flow(graph), Names(self.skip)
+        units = find_units(flow, skip)
+        _check_names(graph, skip)
+        if not units:
+            return graph
+        check_calibration(graph, context, self.name)
+        recipe = self._recipe(flow, units, context)
+        ratios = scan(recipe, self.scan, context)
+        left = self._left_in_float(recipe, ratios, context)
+        chosen = [unit for unit in recipe.units if unit not in left]
+        context.sqnr.update(ratios)
+        context.notes.extend(_notes(graph, chosen, left, ratios, self))
+        after = self._apply(recipe, chosen, context)
+        context.promise = Lossy("metric", self.budget)
+        if math.isinf(self.budget):
+            context.promise = Lossy("noise", output_noise(graph, after, context))
+        return after
+
+    def _check(self, context: Context) -> None:
+        """Raise ArgumentError for an option out of range."""
+        make_observer(self.calibrator, percentile=self.percentile, momentum=self.momentum)
+        most_of(self.bits)
+        choices = {"activations": BYTES, "weights": WEIGHTS, "weight_range": METHODS, "scan": KINDS}
+        for option, known in choices.items():
+            if getattr(self, option) not in known:
+                raise ArgumentError(f"quantize: {option} is {getattr(self, option)!r}", hint=f"one of {', '.join(known)}")
+        if math.isnan(self.budget) or self.budget < 0:
+            raise ArgumentError(f"quantize: budget is {self.budget}", hint="how far the metric may fall: 0 or more")
+        if math.isfinite(self.budget) and context.metric is None:
+            raise ArgumentError("quantize: a budget needs a metric", hint="paring.compile(..., metric=f), higher is better")
+        if math.isfinite(self.budget) and self.scan == "none":
+            raise ArgumentError("quantize: a budget needs a scan", hint="scan='layer' or scan='network'")
+
+    def _recipe(self, flow: Flow, units: Sequence[Unit], context: Context) -> Recipe:
+        """Integers of all weights and ranges of all values; units with a value that is not finite stay float."""
+        weights = {unit.anchor: self._weight(unit) for unit in units if isinstance(unit.anchor.op, LAYERS)}
+        make = functools.partial(make_observer, self.calibrator, percentile=self.percentile, momentum=self.momentum)
+        params, lost = calibrate(flow.graph, flow.groups(units), make, self.activations, context)
+        kept = [unit for unit in units if lost.isdisjoint(flow.values_of(unit))]
+        for unit in units:
+            if unit not in kept:
+                context.decline(self.name, unit.end, "it computes with values that are NaN, infinite or nearly so")
+        return Recipe(flow, kept, params, weights)
+
+    def _weight(self, unit: Unit) -> Node:
+        return quantized_weight(unit.anchor.inputs[1], self.bits, self.weights == WEIGHTS[0], self.weight_range, unit.name)
+
+    def _left_in_float(self, recipe: Recipe, ratios: dict[str, float], context: Context) -> list[Unit]:
+        """As few of the worst units as keep the metric within the budget, found by bisection."""
+        if math.isinf(self.budget) or context.metric is None:
+            return []
+        worst = sorted(recipe.units, key=lambda unit: ratios[unit.name])
+        wanted = context.metric(recipe.flow.graph) - self.budget
+        least, most = 0, len(worst)
+        while least < most:
+            middle = (least + most) // 2
+            context.tell("budget", middle, len(worst))
+            if context.metric(recipe.apply(worst[middle:]).graph) >= wanted:
+                most = middle
+            else:
+                least = middle + 1
+        return worst[:least]
+
+    def _apply(self, recipe: Recipe, units: Sequence[Unit], context: Context) -> Graph:
+        """One unit of fuel for each value and for each weight."""
+        values = [value for group in recipe.flow.groups(units) for value in group]
+        layers = [unit.anchor for unit in units if unit.anchor in recipe.weights]
+        pairs = {value: recipe.params[value] for value in values if context.spend("activation", value)}
+        weights = {layer: recipe.weights[layer] for layer in layers if context.spend("weight", layer)}
+        return insert(recipe.flow.graph, pairs, weights).graph
+
+
+def _check_names(graph: Graph, skip: Names) -> None:
+    known = sorted({node.loc.module for node in graph.nodes() if node.loc and node.loc.module})
+    for pattern in skip.unused:
+        near = difflib.get_close_matches(pattern, known, 1, 0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"modules: {', '.join(known[:20]) or 'none have names'}"
+        raise ArgumentError(f"quantize: skip names {pattern!r}, which is no module", hint=hint)
+
+
+def _notes(graph: Graph, chosen: Sequence[Unit], left: Sequence[Unit], ratios: dict[str, float], settings: Quantize) -> list[str]:
+    total = sum(node.op.macs(node.type, *(i.type for i in node.inputs)) for node in graph.nodes())
+    notes = [f"{sum(unit.macs for unit in chosen) / total:.1%} of multiply-adds on 8 bits"] if total else []
+    if ratios:
+        what = "its own result" if settings.scan == "layer" else "the outputs when only it is quantized"
+        notes.append(f"SQNR of a layer: of {what}")
+    if left:
+        names = ", ".join(f"{unit.name} ({ratios[unit.name]:.1f} dB)" for unit in left)
+        notes.append(f"left in float to stay within {settings.budget:g} of the metric: {names}")
+    return notes

@@ -28,6 +28,8 @@ from paring.ir.errors import InternalError, IRTypeError, ModelError, Unsupported
 
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 SHOWN_LINES = 5
+# Whole recurrent layers. torch counts them as random for the dropout between layers, which they do in training only.
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 @dataclass
@@ -50,10 +52,13 @@ class Refusals:
             lines.append(f"{name} x{len(places)}" + (f" at {shown}" if shown else "") + (f" ({reason})" if reason else ""))
         uses = sum(map(len, self.places.values()))
         names = len({name for name, _ in self.places})
+        hint = "replace them in the model; `paring ops` lists what there is"
+        if any(_recurrent(name) for name, _ in self.places):
+            hint += ". A recurrent layer can be written as a loop over nn.LSTMCell, nn.GRUCell or nn.RNNCell"
         raise UnsupportedOpsError(
             f"the model uses {names} unsupported operator{'s' * (names != 1)}, {uses} time{'s' * (uses != 1)}",
             where="; ".join(lines),
-            hint="replace them in the model; `paring ops` lists what there is",
+            hint=hint,
         )
 
 
@@ -172,6 +177,8 @@ class Importer:
             raise Unsupported("control flow is not supported")
         if not isinstance(target, torch._ops.OpOverload):
             raise Unsupported("")
+        if _recurrent(operator_name(target)):
+            raise Unsupported("there are no recurrent layers")
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise Unsupported("it draws random numbers")
         bound = bind(target, args, kwargs)
@@ -204,6 +211,10 @@ class Importer:
 def _harmless(name: str, args: Sequence[Any]) -> bool:
     """Gradient mode never matters here; autocast does not where it is off."""
     return name.endswith("set_grad_enabled") or any(a is False for a in args[2:3])
+
+
+def _recurrent(name: str) -> bool:
+    return name.startswith("aten.") and name.split(".")[1] in RECURRENT
 
 
 def _flat(value: Any) -> list[Any]:
@@ -292,7 +303,7 @@ def check_mutations(program: torch.export.ExportedProgram) -> None:
             f"the model writes into its buffer{'s' * (len(buffers) > 1)} {', '.join(buffers)}",
             where=", ".join(buffers),
             why="a compiled network keeps no state from call to call",
-            hint="call model.eval(), or pass the state in and return it",
+            hint="pass the state in and return the new one; what only training needs belongs under `if self.training:`",
         )
     if inputs:
         raise ModelError(

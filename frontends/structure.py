@@ -28,7 +28,8 @@ ODD_FLOATS = ("inf", "-inf", "nan")
 class Record(dict[Key, Any]):
     """What stands for a model's own output class in a loaded network: entries by name, by position, and as attributes.
 
-    A tuple class has `TupleRecord` instead. As in the class itself, an entry hides a method of its name: `record.values` is the entry, `dict.values(record)` the method.
+    A tuple class has `TupleRecord` instead. As in the class itself, an entry hides a method of its name: `record.values` is the
+    entry, `dict.values(record)` the method.
     """
 
     class_name = "Record"

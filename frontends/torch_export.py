@@ -11,6 +11,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cache, partial
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -58,6 +59,9 @@ def import_model(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[
     """
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"expected a torch.nn.Module, got {type(model).__name__}", hint="wrap functions in a Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        why = "torch.export traces Python code, which a scripted or traced module no longer has"
+        raise ModelError("a TorchScript module cannot be imported", why=why, hint="give the module that it was made from")
     args = tuple(args) if isinstance(args, tuple | list) else (args,)
     _check_weights(model)
     with _quiet():
@@ -179,9 +183,12 @@ def _model_error(error: Exception) -> ModelError:
             hint="use torch.where instead of if, and masks instead of sizes that depend on data",
         )
     hint = "call model(*args) with the same inputs first; tensors must stay torch tensors all the way"
-    if "not a known type" in reason:
-        hint = "take and return tensors, tuples, lists, dicts or registered dataclasses; for transformers set use_cache=False"
-    why = f"{type(error).__name__}: {reason[:300]}"
+    if "not a known type" in reason or "Unsupported input type" in reason:
+        hint = (
+            "take and return tensors, tuples, lists and dicts; torch.export.register_dataclass(YourClass) makes a dataclass "
+            "known; for transformers set use_cache=False"
+        )
+    why = shorten(f"{type(error).__name__}: {reason}", 300, placeholder=" ...")
     return ModelError("torch.export can not trace the model on these inputs", where=where, why=why, hint=hint)
 
 
@@ -197,7 +204,7 @@ def _positional_names(model: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _check_weights(model: torch.nn.Module) -> None:
-    """Half precision fails somewhere inside tracing otherwise, far from its cause."""
+    """What is wrong with weights fails somewhere inside tracing otherwise, far from its cause."""
     named = [*model.named_parameters(), *model.named_buffers()]
     half = [name for name, tensor in named if tensor.dtype in HALF]
     if half:
@@ -206,6 +213,16 @@ def _check_weights(model: torch.nn.Module) -> None:
             where=half[0],
             why="16-bit floats are not supported yet",
             hint="call model.float()",
+        )
+    away = [name for name, tensor in named if tensor.device.type != "cpu"]
+    if away:
+        device = dict(named)[away[0]].device.type
+        meta = "load them: model.to_empty(device='cpu'), then model.load_state_dict(...)"
+        raise ModelError(
+            f"{len(away)} of the model's tensors are on the device {device}, {away[0]} for one",
+            where=away[0],
+            why="tensors of the meta device have no values" if device == "meta" else "weights are read on the CPU",
+            hint=meta if device == "meta" else "call model.cpu()",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,45 @@ def test_other_dtypes_and_memories() -> None:
     refused(ModelError, nn.Identity(), torch.ones(2).to_sparse())
     with torch.device("meta"):
         model = nn.Linear(4, 3)
-    assert "meta" in refused(ModelError, model, torch.ones(2, 4)).what or True
+    error = refused(ModelError, model, torch.ones(2, 4))
+    assert "on the device meta, weight for one" in error.what
+    assert "load_state_dict" in error.hint
+
+
+class Core(nn.Module):
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.core(x)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_say_what_works_instead(layer: Callable[..., nn.Module]) -> None:
+    error = refused(UnsupportedOpsError, Core(layer(3, 4)).eval(), torch.ones(2, 1, 3))
+    assert "random" not in error.where
+    assert "core (tests/test_frontend_errors.py:" in error.where
+    assert "nn.LSTMCell" in error.hint
+
+
+def test_scripted_modules_are_refused_by_name() -> None:
+    assert "made from" in refused(ModelError, torch.jit.script(nn.ReLU())).hint
+
+
+@dataclass
+class Pair:
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def test_unregistered_classes_name_the_function_that_registers() -> None:
+    for function, given in ((lambda x: Pair(x, x), X), (lambda pair: pair.a + 1, Pair(X, X))):
+        error = refused(ModelError, function, given)
+        assert "register_dataclass" in error.hint
+        assert len(error.why) <= 300
+        # Cut where a word ends.
+        assert error.why.endswith((" ...", ".", ">"))
 
 
 class Counting(nn.Module):
@@ -149,7 +188,10 @@ class Counting(nn.Module):
 
 
 def test_writes_into_buffers_and_inputs() -> None:
-    assert refused(ModelError, Counting().eval()).where == "count"
+    error = refused(ModelError, Counting().eval())
+    assert error.where == "count"
+    assert "model.eval()" not in error.hint
+    assert "if self.training" in error.hint
     error = refused(ModelError, lambda x: x.add_(1) * 2, X.clone())
     assert "input" in error.what
     assert "clone" in error.hint

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from paring.ir.graph import Graph, Node
 from paring.ir.ops import quantized, shape
-from paring.passes import fold_moves, fold_products, fold_steps, fold_tables
+from paring.passes import fold_moves, fold_norms, fold_products, fold_steps, fold_tables
 from paring.passes.base import Pass
 from paring.passes.contract import Steps
 from paring.passes.pattern import Rule
@@ -15,7 +15,10 @@ from paring.passes.qdq import is_dequantize
 from paring.passes.rewriter import Context, apply_rules, describe
 
 # Tables come before steps: what they prove is exact.
-RULES: tuple[Rule, ...] = (*fold_moves.RULES, *fold_products.RULES, *fold_tables.RULES, *fold_steps.RULES)
+RULES: tuple[Rule, ...] = (
+    *(*fold_moves.RULES, *fold_products.RULES, *fold_norms.RULES),
+    *(*fold_tables.RULES, *fold_steps.RULES),
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from paring.generators import Builder
 from paring.ir import Node, Op
-from paring.ir.ops import binary, conv, index, linear, pool, quantized, reduce, shape, unary
+from paring.ir.ops import binary, conv, index, linear, norm, pool, quantized, reduce, shape, unary
 from paring.ir.ops.quantized import limits
 from paring.passes import fold_qdq
 from paring.passes.pattern import Rule
@@ -263,11 +263,27 @@ def quantize_before_pool(b: Builder) -> Node:
     return quantize(b, Node(pool.MaxPool2d((2, 3), (1, 2), (b.choose(0, 1), 1)), (x,)))
 
 
+def softmax_on_integers(b: Builder) -> Node:
+    x = real(b, *_image(b), of=scale(b, least=-6, most=-3))
+    return quantize(b, Node(norm.Softmax(b.choose(1, 2, 3)), (x,)), 2.0 ** -b.choose(7, 8))
+
+
+def layer_norm_on_integers(b: Builder) -> Node:
+    width = b.choose(3, 8)
+    x, dims = real(b, 2, 3, width), (width,) if b.chance(0.7) else (3, width)
+    parameters = [b.const(b.rng.uniform(-2, 2, dims).astype(np.float32)) for _ in range(2)]
+    return quantize(
+        b, Node(norm.LayerNorm(float(b.rng.choice([1e-6, 1e-5, 0.1]))), (x, *parameters)), scale(b, least=-6, most=-4)
+    )
+
+
 PLANTERS: dict[str, tuple[Plant, ...]] = {
     "layer-on-integers": (layer_on_integers,),
     "matmul-on-integers": (matmul_on_integers,),
     "mean-on-integers": (mean_on_integers,),
     "average-to-conv": (average_to_conv,),
+    "softmax-on-integers": (softmax_on_integers,),
+    "layer-norm-on-integers": (layer_norm_on_integers,),
     "narrow-range": (narrow_range,),
     "quantize-affine": (quantize_affine,),
     "quantize-residual": (quantize_residual,),

@@ -18,6 +18,7 @@ from paring.passes.util import constant
 
 Rewrite = Callable[[Match], Node | None]
 Change = Callable[[Node, tuple[Node, ...]], Node]
+ROUNDING = (quantized.Quantize, quantized.Requantize, quantized.QuantizedMul)
 LAYERS = (conv.Conv2d, linear.Linear)
 RIGHT: dict[str, Rewrite] = {rule.name: rule.rewrite for rule in fold_qdq.RULES}
 
@@ -183,6 +184,10 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
     "quantize-product": (
         _but("quantize-product", quantized.QuantizedMul, _sets(x_zero=0, y_zero=0), "forgets_the_zero_points"),
         _but("quantize-product", quantized.QuantizedMul, _sets(scale=lambda s: 2 * s), "scales_twice"),
+    ),
+    "clamp-rounding": (
+        _but("clamp-rounding", ROUNDING, _sets(high=None), "forgets_the_upper_bound"),
+        _but("clamp-rounding", ROUNDING, _sets(low=None), "forgets_the_lower_bound"),
     ),
     "clamp-integers": (looks_at_the_lower_bound_only,),
     "keep-steps": (keeps_whatever_has_the_type,),

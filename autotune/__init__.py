@@ -1,1 +1,1 @@
-"""How fast a program could run. The tuner arrives here; until then every kernel runs on its analytic default knobs."""
+"""Not built yet: the tuner belongs here. Every kernel runs on the analytic knobs of its schedule family."""

@@ -50,9 +50,6 @@ MIB = 1 << 20
 # Most bytes that are read of each file; weights may fill the memory of the machine, but no more.
 LIMITS = {MANIFEST: 16 * MIB, GRAPH: 512 * MIB, LIBRARY: 1024 * MIB, REPORT: 64 * MIB}
 
-# e_machine of ELF, at byte 18.
-ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
-
 _REBUILD = "load(path, rebuild=True) compiles it again from its graph and weights"
 
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
@@ -255,9 +252,7 @@ def _sync(path: Path) -> None:
 
 def _replace(folder: Path, path: Path) -> None:
     """Move `folder` to `path`. An artifact there is moved aside first, and back if the move fails."""
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
+    folder.chmod(_usual_mode(folder))
     if not path.exists():
         folder.rename(path)
     else:
@@ -271,6 +266,15 @@ def _replace(folder: Path, path: Path) -> None:
     # The artifact is in place and whole; only when the disk takes note of its name is left open.
     with suppress(OSError):
         _sync(path.parent)
+
+
+def _usual_mode(folder: Path) -> int:
+    """The mode of a new folder, seen from one: asking for the umask would unset it for all threads for a moment."""
+    probe = folder / "probe"
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    return mode
 
 
 @contextmanager
@@ -385,7 +389,7 @@ def _check_fit(manifest: Manifest, target: Target, library: bytes, device: str |
         raise ArtifactError("the library is of another version of TVM", why=why, hint=_REBUILD)
     if manifest.target != _fingerprint(target):
         raise ArtifactError(f"the target {target.name} has changed since it was compiled", hint=_REBUILD)
-    if library[:4] != b"\x7fELF" or int.from_bytes(library[18:20], "little") != ELF_MACHINES[target.arch]:
+    if library[:4] != b"\x7fELF" or int.from_bytes(library[18:20], "little") != target.elf_machine:
         raise ArtifactError(f"the library is not code for {target.arch}", where=LIBRARY, hint=_REBUILD)
     missing = missing_flags(target)
     if device in (None, "host") and target.arch == host_arch() and missing:

@@ -26,10 +26,11 @@ from tvm.support import cc
 
 from paring.backends.families import lower_region
 from paring.backends.kernel import tvm_target
-from paring.backends.memory import Plan, Step, plan, root, storage_bytes
+from paring.backends.memory import Plan, Step, plan, storage_bytes
 from paring.backends.targets import Target
 from paring.ir.errors import InternalError, ParingError, TargetError
 from paring.ir.graph import Graph, Node
+from paring.ir.liveness import root
 from paring.ir.text import show
 from paring.ir.types import TensorType
 

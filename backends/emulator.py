@@ -31,7 +31,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -41,7 +40,6 @@ import sys
 import tempfile
 import threading
 import weakref
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +49,7 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
+from paring.backends import wheels
 from paring.ir.errors import TargetError
 
 QEMU = "qemu-aarch64"
@@ -207,27 +206,20 @@ def missing() -> list[str]:
 
 
 def _download(folder: Path) -> list[Path]:
-    """Fetch TVM's aarch64 wheels of the versions installed here, from wherever pip is set up to fetch."""
+    """Fetch TVM's aarch64 wheels of the versions installed here, from wherever pip is set up to fetch; by their hashes."""
+    unknown = [requirement for requirement in _requirements() if requirement not in wheels.HASHES]
+    if unknown:
+        known = " and ".join(wheels.HASHES)
+        raise EmulatorError(f"no hash of a wheel of {unknown[0]} is known: install {known}, or add it to {wheels.__name__}")
+    listed = folder / "requirements.txt"
+    listed.write_text("\n".join(map(wheels.pinned, _requirements())) + "\n")
     platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(40, 16, -1)]
     python = f"--python-version={sys.version_info.major}.{sys.version_info.minor}"
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--implementation=cp", python, f"--dest={folder}"]
-    command = [sys.executable, "-m", "pip", "download", *options, *platforms, *_requirements()]
-    _run(command, "downloading TVM's aarch64 wheels", "see that pip is installed and reaches a package index")
+    command = [sys.executable, "-m", "pip", "download", *options, *platforms, "--require-hashes", "-r", listed]
+    remedy = "see that pip is installed and reaches a package index that has these very files"
+    _run(command, "downloading TVM's aarch64 wheels", remedy)
     return sorted(folder.glob("*.whl"))
-
-
-def _unpack(wheel: Path, target: Path) -> None:
-    """Take the runtime libraries and the C++ headers, and leave the rest: the compiler alone is 240 MB."""
-    wanted = re.compile(r"(?:tvm|tvm_ffi)/lib/(?P<library>\w+\.so)|tvm_ffi/include/(?P<header>(?:[\w-]+/)*[\w-]+\.h)")
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            match = wanted.fullmatch(name)
-            if match is None or (match["library"] and match["library"] not in LIBRARIES):
-                continue
-            path = target / (match["library"] or f"include/{match['header']}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(name) as source, path.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
 
 
 def _compile(folder: Path) -> None:
@@ -276,7 +268,7 @@ def _build(final: Path, progress: Callable[[str], None]) -> None:
         progress(f"downloading {' and '.join(_requirements())} for aarch64 (about 95 MB)")
         for wheel in _download(building / "wheels"):
             progress(f"unpacking {wheel.name}")
-            _unpack(wheel, building / "runtime")
+            wheels.unpack(wheel, building / "runtime", LIBRARIES)
         progress("compiling the server")
         _compile(building / "runtime")
         (building / "runtime").rename(final)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from paring.ir.graph import Graph, Node, rebuild
+from paring.ir.liveness import root
 from paring.ir.op import Array
 from paring.ir.ops import ELEMENTWISE
 from paring.ir.ops.core import Const, Input, Region
@@ -83,27 +84,6 @@ def plan(graph: Graph) -> Plan:
     outputs = tuple(slots[node] for node in graph.outputs)
     launched = tuple(step for step in order if step.node.type.size)
     return Plan(graph, launched, slots, weights, outputs, results, allocations, peak)
-
-
-def peak_activation_bytes(graph: Graph) -> int:
-    """Most bytes of activations alive at once, the graph's inputs and outputs included: what an ideal allocator needs."""
-    nodes = [node for node in graph.nodes() if not isinstance(node.op, Const | Reshape)]
-    last = {node: step for step, node in enumerate(nodes)}
-    for step, node in enumerate(nodes):
-        last.update((root(operand), step) for operand in node.inputs)
-    last.update((root(node), len(nodes)) for node in graph.outputs)
-    change = np.zeros(len(nodes) + 2, np.int64)
-    for first, node in enumerate(nodes):
-        change[0 if isinstance(node.op, Input) else first] += node.type.bytes
-        change[last[node] + 1] -= node.type.bytes
-    return int(change.cumsum().max())
-
-
-def root(node: Node) -> Node:
-    """The node whose memory this one shows: a Reshape is a view."""
-    while isinstance(node.op, Reshape):
-        (node,) = node.inputs
-    return node
 
 
 def aligned(size: int) -> int:

@@ -19,10 +19,11 @@ import tvm_ffi
 from tvm import relax
 
 from paring.backends.build import Built, buffer_shape, kernel_name
-from paring.backends.memory import ALIGNMENT, Plan, Slot, Step, root
+from paring.backends.memory import ALIGNMENT, Plan, Slot, Step
 from paring.backends.threads import THREADS
 from paring.ir.errors import ArgumentError, InputError
 from paring.ir.graph import Loc, Node
+from paring.ir.liveness import root
 from paring.ir.op import Array
 from paring.ir.ops.core import Input
 from paring.ir.types import TensorType

@@ -1,8 +1,9 @@
 """What every elementwise op is on TVM expressions, scalar or vector: the table SCALARS.
 
-The meaning is that of the IR's `ref`, special values included. TVM rearranges float arithmetic as if it were exact (x - x
-becomes 0, (x + c) - c becomes x, 0 * x becomes 0), so float sums and products go in as `fma`, which it leaves alone and
-LLVM turns back into the plain instruction.
+The meaning is that of the IR's `ref`, special values included. TVM rearranges arithmetic as if it were exact: of floats
+(x - x becomes 0, not (x < y) becomes x >= y), and of int32 and int64 as if they had no end ((x + 1) > x becomes true). So float
+sums and products go in as `fma`, integer ones by way of `wrapping`, logic as bits of bytes; it leaves these alone, and LLVM
+turns them back into the plain instructions.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tvm import tirx
 from tvm_ffi import structural_equal
 
 from paring.backends import vecmath as vm
+from paring.backends import wrapping
 from paring.backends.kernel import Value
 from paring.backends.quantized import QUANTIZED
 from paring.backends.vecmath import bind, cast, dtype_of, fma, full
@@ -46,15 +48,21 @@ def opaque(value: Value) -> Value:
 
 
 def add(x: Value, y: Value) -> Value:
-    return fma(x, full(x, 1.0), y) if is_float(x) else x + y
+    return fma(x, full(x, 1.0), y) if is_float(x) else wrapping.add(x, y)
 
 
 def sub(x: Value, y: Value) -> Value:
-    return fma(y, full(y, -1.0), x) if is_float(x) else x - y
+    return fma(y, full(y, -1.0), x) if is_float(x) else wrapping.sub(x, y)
 
 
 def mul(x: Value, y: Value) -> Value:
-    return fma(x, y, full(x, -0.0)) if is_float(x) else x * y
+    return fma(x, y, full(x, -0.0)) if is_float(x) else wrapping.mul(x, y)
+
+
+def _logic(operation: Callable[..., Value], *values: Value) -> Value:
+    """An operation on bools, as bytes that are 0 or 1."""
+    result = operation(*(cast(value, "int8") for value in values))
+    return tirx.NE(result, full(result, 0))
 
 
 def div(x: Value, y: Value) -> Value:
@@ -152,7 +160,15 @@ def _sign(op: Op, x: Value) -> Value:
 
 
 def _negate(op: Op, x: Value) -> Value:
-    return -x if is_float(x) else full(x, 0) - x
+    return -x if is_float(x) else sub(full(x, 0), x)
+
+
+def _abs(op: Op, x: Value) -> Value:
+    """The least integer has no positive counterpart: it stays."""
+    if is_float(x) or dtype_of(x) == "uint8":
+        return x if dtype_of(x) == "uint8" else tirx.abs(x)
+    x = bind(x)
+    return tirx.Select(x < full(x, 0), _negate(op, x), x)
 
 
 def _floor_div(op: Op, x: Value, y: Value) -> Value:
@@ -192,7 +208,7 @@ def _integer_division(x: Value, y: Value) -> tuple[Value, Value]:
         # The least integer divided by -1 overflows, which is a trap on x86.
         by_minus_one = equal(y, full(x, -1))
         safe = bind(tirx.Select(tirx.Or(by_zero, by_minus_one), one, y))
-        quotient = tirx.Select(by_minus_one, zero - x, tirx.floordiv(x, safe))
+        quotient = tirx.Select(by_minus_one, sub(zero, x), tirx.floordiv(x, safe))
         rest = tirx.floormod(x, safe)
     return tirx.Select(by_zero, zero, quotient), tirx.Select(by_zero, zero, rest)
 
@@ -289,13 +305,13 @@ SCALARS: dict[type[Op], Any] = {
     unary.Erf: _function(vm.erf, "erf"),
     unary.Sin: _function(vm.sin, "sin"),
     unary.Cos: _function(vm.cos, "cos"),
-    unary.Abs: plain(lambda x: x if dtype_of(x) == "uint8" else tirx.abs(x)),
+    unary.Abs: _abs,
     unary.Neg: _negate,
     unary.Floor: plain(tirx.floor),
     unary.Ceil: plain(tirx.ceil),
     unary.Round: plain(tirx.nearbyint),
     unary.Sign: _sign,
-    unary.LogicalNot: plain(tirx.Not),
+    unary.LogicalNot: plain(lambda x: _logic(lambda a: a ^ full(a, 1), x)),
     unary.Cast: _cast,
     binary.Add: plain(add),
     binary.Sub: plain(sub),
@@ -312,8 +328,8 @@ SCALARS: dict[type[Op], Any] = {
     binary.LessEqual: _compare(lambda x, y: x <= y, True),
     binary.Greater: _compare(lambda x, y: x > y, False),
     binary.GreaterEqual: _compare(lambda x, y: x >= y, True),
-    binary.LogicalAnd: plain(tirx.And),
-    binary.LogicalOr: plain(tirx.Or),
+    binary.LogicalAnd: plain(lambda x, y: _logic(lambda a, b: a & b, x, y)),
+    binary.LogicalOr: plain(lambda x, y: _logic(lambda a, b: a | b, x, y)),
     binary.Where: plain(tirx.Select),
 }
 

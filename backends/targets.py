@@ -15,19 +15,23 @@ from paring.ir.errors import ArgumentError
 class Target:
     """What the schedules, the passes' options and the linker need to know of a machine.
 
-    `lanes`: float32 elements of a vector register. `registers`: vector registers. `l1`, `l2`: data caches of one core, bytes.
-    `block`: channels of a blocked layout. `needs`: CPU flags that the running host must have. `device`: "host" where
-    this machine runs its code, "" where a device must be given. `linker`: the cross compiler, with
-    the Debian package that has it; empty for the host's own.
+    `elf_machine`: what the ELF header of its libraries says. `lanes`: float32 elements of a vector register. `registers`:
+    vector registers. `l1`, `l2`: data caches of one core, bytes. `block`: channels of a blocked layout. `dot`: the
+    instructions that sum products of bytes, a name in `schedules/dot.py`, and `group` the channels that they take at a time.
+    `needs`: CPU flags that the running host must have. `device`: "host" where this machine runs its code, "" where a device
+    must be given. `linker`: the cross compiler, with the Debian package that has it; empty for the host's own.
     """
 
     name: str
     arch: str
     cpu: str
     triple: str
+    elf_machine: int
     lanes: int
     registers: int
     block: int
+    dot: str = ""
+    group: int = 1
     features: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     l1: int = 32 * 1024
@@ -40,36 +44,57 @@ class Target:
 
     def pipeline_options(self) -> dict[str, object]:
         """What the target's pipeline may name in braces."""
-        return {"block": self.block}
+        return {"block": self.block, "group": self.group}
 
 
 _X86 = "x86_64-linux-gnu"
 _ARM = "aarch64-linux-gnu"
 
-REFERENCE = Target("reference", "any", "", "", lanes=1, registers=1, block=1, pipeline="none")
+REFERENCE = Target("reference", "any", "", "", elf_machine=0, lanes=1, registers=1, block=1, pipeline="none")
+
+_AVX2 = Target(
+    *("x86-avx2", "x86_64", "x86-64-v3", _X86),
+    elf_machine=62,
+    lanes=8,
+    registers=16,
+    block=8,
+    dot="madd",
+    group=4,
+    needs=("avx2", "fma"),
+)
+_AVX512 = Target(
+    *("x86-avx512", "x86_64", "x86-64-v4", _X86),
+    elf_machine=62,
+    lanes=16,
+    registers=32,
+    block=16,
+    dot="madd",
+    group=4,
+    features=("-prefer-256-bit",),
+    needs=("avx512f", "avx512dq", "avx512bw", "avx512vl"),
+    l2=1024 * 1024,
+)
 
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         REFERENCE,
-        Target("x86-avx2", "x86_64", "x86-64-v3", _X86, lanes=8, registers=16, block=8, needs=("avx2", "fma")),
-        Target(
-            "x86-avx512",
-            "x86_64",
-            "x86-64-v4",
-            _X86,
-            features=("-prefer-256-bit",),
-            lanes=16,
-            registers=32,
-            block=16,
-            needs=("avx512f", "avx512dq", "avx512bw", "avx512vl"),
-            l2=1024 * 1024,
+        _AVX2,
+        replace(_AVX2, name="x86-avx2-vnni", dot="vnni", features=("+avxvnni",), needs=(*_AVX2.needs, "avx_vnni")),
+        _AVX512,
+        replace(
+            _AVX512,
+            name="x86-vnni",
+            dot="vnni",
+            features=(*_AVX512.features, "+avx512vnni"),
+            needs=(*_AVX512.needs, "avx512_vnni"),
         ),
         Target(
             "arm",
             "aarch64",
             "cortex-a76",
             _ARM,
+            elf_machine=183,
             lanes=4,
             registers=32,
             block=8,
@@ -84,8 +109,8 @@ TARGETS: dict[str, Target] = {
 
 # Names that stand for the best entry this host can run, first match wins.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "native": ("x86-avx512", "x86-avx2", "arm"),
-    "x86": ("x86-avx512", "x86-avx2"),
+    "native": ("x86-vnni", "x86-avx512", "x86-avx2-vnni", "x86-avx2", "arm"),
+    "x86": ("x86-vnni", "x86-avx512", "x86-avx2-vnni", "x86-avx2"),
 }
 
 

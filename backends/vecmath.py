@@ -49,9 +49,9 @@ def cast(value: Value, dtype: str) -> Value:
     return value if dtype_of(value) == dtype else value.astype(with_lanes(dtype, lanes_in(value)))
 
 
-def reinterpret(value: Value, dtype: str) -> Value:
-    """The same bits as another type of the same width."""
-    return tirx.reinterpret(with_lanes(dtype, lanes_in(value)), value)
+def reinterpret(value: Value, dtype: str, lanes: int | None = None) -> Value:
+    """The same bits as another type of the same width; with `lanes`, as so many of them."""
+    return tirx.reinterpret(with_lanes(dtype, lanes_in(value) if lanes is None else lanes), value)
 
 
 def is_plain(value: Value) -> bool:

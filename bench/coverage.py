@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,14 +19,12 @@ from rich.text import Text
 
 from paring.bench.models import MODELS, suite_models
 from paring.bench.protocol import Child, ChildError, Message, serve
+from paring.frontends.oracle import TORCH_FACTOR, Reference, arrays_of, reference, worst_ratio
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
-    Arrays = list[np.ndarray[Any, Any]]
-
-ALLOWED = 3.0  # times the error that float32 torch makes itself
+    Arrays = Sequence[np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        return not self.error and self.ratio is not None and self.ratio <= ALLOWED
+        return not self.error and self.ratio is not None and self.ratio <= TORCH_FACTOR
 
 
 def run_coverage(
@@ -107,13 +105,14 @@ class _Process:
         net.save(str(self.folder / "net.paring"))
         ours = net(*inputs)
         with torch.no_grad():
-            single = model(*inputs)
-        if tree_structure(ours) != tree_structure(single):
-            raise TypeError(f"the result's structure changed: {tree_structure(ours)} for {tree_structure(single)}")
-        self._keep("inputs", list(inputs))
-        self._keep("ours", _leaves(ours))
-        self._keep("single", _leaves(single))
-        self._keep("double", _leaves(in_float64(model, inputs)))
+            wanted = tree_structure(model(*inputs))
+        if tree_structure(ours) != wanted:
+            raise TypeError(f"the result's structure changed: {tree_structure(ours)} for {wanted}")
+        expected = reference(model, inputs)
+        self._keep("inputs", arrays_of(inputs))
+        self._keep("ours", arrays_of(ours))
+        self._keep("single", expected.single)
+        self._keep("double", expected.double)
         return {"nodes": count_nodes(net), "compile_s": seconds}
 
     def compare(self) -> Message:
@@ -126,15 +125,18 @@ class _Process:
         product: Any = paring
         product.set_num_threads(self.threads)
         net = product.load(str(self.folder / "net.paring"))
-        loaded = [x.numpy() for x in _leaves(net(*(torch.from_numpy(x) for x in self._kept("inputs"))))]
+        loaded = arrays_of(net(*(torch.from_numpy(x) for x in self._kept("inputs"))))
         if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(loaded, self._kept("ours"), strict=True)):
             raise ArithmeticError("the loaded network gives other bits than the one that was saved")
-        return {"ratio": error_ratio(loaded, self._kept("single"), self._kept("double"))}
+        ratio = worst_ratio(loaded, Reference(self._kept("single"), self._kept("double")))
+        if not np.isfinite(ratio):
+            raise ArithmeticError("a shape, dtype, integer, infinity or NaN is not torch's")
+        return {"ratio": ratio}
 
-    def _keep(self, what: str, tensors: list[torch.Tensor]) -> None:
+    def _keep(self, what: str, arrays: Arrays) -> None:
         import numpy as np
 
-        np.savez(self.folder / f"{what}.npz", *[tensor.numpy() for tensor in tensors])
+        np.savez(self.folder / f"{what}.npz", *arrays)
 
     def _kept(self, what: str) -> Arrays:
         import numpy as np
@@ -143,61 +145,9 @@ class _Process:
             return [kept[name] for name in kept.files]
 
 
-def error_ratio(ours: Arrays, single: Arrays, double: Arrays) -> float:
-    """The worst output's error over torch's; a third of an ulp of its largest value more is granted to torch, so that a
-    ratio of 3 is exactly `error <= 3 * torch's + 1 ulp`.
-    """
-    import numpy as np
-
-    worst = 0.0
-    for a, b, exact in zip(ours, single, double, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            raise TypeError(f"an output is {a.dtype}{list(a.shape)} instead of {b.dtype}{list(b.shape)}")
-        floor = float(np.spacing(np.float32(np.max(np.abs(exact))))) / ALLOWED
-        error, allowed = (float(np.max(np.abs(x.astype(np.float64) - exact))) for x in (a, b))
-        if not np.isfinite(error):
-            raise ArithmeticError("an output is not finite where torch's is")
-        worst = max(worst, error / (allowed + floor))
-    return worst
-
-
-def in_float64(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> object:
-    """The model's answer in float64. Some cast to float32 on their own (RMS norms, rotary tables): they are overruled."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    def widen(value: Any) -> Any:
-        return torch.float64 if value is torch.float32 else value
-
-    class Wide(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.Tensor.float:
-                function = torch.Tensor.double
-            return function(*map(widen, args), **{key: widen(value) for key, value in (kwargs or {}).items()})
-
-    doubled = model.double()
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.no_grad(), Wide():
-            return doubled(*[x.double() if x.is_floating_point() else x for x in inputs])
-    finally:
-        torch.set_default_dtype(usual)
-
-
 def count_nodes(net: Any) -> int:
     """What the compiled graph computes: its nodes less inputs and constants, a region counting as one."""
     return sum(bool(node.inputs) for node in net.graph.nodes())
-
-
-def _leaves(result: object) -> list[torch.Tensor]:
-    """The tensors of an answer in order; what a loaded network gives for a model's own output class counts as a mapping."""
-    import torch
-
-    if isinstance(result, torch.Tensor):
-        return [result.detach()]
-    items = result.values() if isinstance(result, Mapping) else result if isinstance(result, tuple | list) else ()
-    return [leaf for item in items for leaf in _leaves(item)]
 
 
 def coverage_table(results: Sequence[Result]) -> Table:

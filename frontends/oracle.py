@@ -1,58 +1,56 @@
-"""How far results are from torch: the float64-ratio measure of float results, equality of all others."""
+"""How far results are from torch's: our error over its own, both against torch in float64. At most TORCH_FACTOR is agreement."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.utils._pytree as pytree
 
-from paring.frontends.structure import Imported
+from paring.frontends.structure import Imported, Record
 from paring.ir import magnitude_bound
+from paring.ir.op import Array
+
+if TYPE_CHECKING:
+    import torch
 
 TORCH_FACTOR = 3.0
 ULPS = 2.0
+LARGEST32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """torch's results of one call, in its own precision and in float64, as flat lists of arrays."""
+    """torch's results of one call, in its own precision and in float64, as flat sequences of arrays."""
 
-    single: tuple[np.ndarray, ...]
-    double: tuple[np.ndarray, ...]
-
-
-def reference(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Reference:
-    """Run a model (or function) as it is, and once more with all its floats in float64."""
-    twice = copy.deepcopy(model).double() if isinstance(model, torch.nn.Module) else model
-    with torch.no_grad():
-        single = model(*_copied(args, torch.clone), **_copied(kwargs or {}, torch.clone))
-        double = twice(*_copied(args, _widened), **_copied(kwargs or {}, _widened))
-    return Reference(_arrays(single), _arrays(double))
+    single: Sequence[Array]
+    double: Sequence[Array]
 
 
-def ratios(imported: Imported, inputs: Sequence[np.ndarray], got: Sequence[np.ndarray], expected: Reference) -> list[float]:
-    """For each output the largest error as a share of what is allowed: 3 times torch's own plus 2 ulps of the magnitude bound.
+def worst_ratio(got: Sequence[Array], expected: Reference) -> float:
+    """For networks of any depth: the greatest `error_ratio` of all outputs."""
+    if not len(got) == len(expected.single) == len(expected.double):
+        return float("inf")
+    return max(map(error_ratio, got, expected.single, expected.double), default=0.0)
 
-    At most 1 is agreement. Infinite where NaNs, infinities, shapes, or anything that is not a float differ. `got` holds the
-    graph's outputs in order.
-    """
+
+def ratios(imported: Imported, inputs: Sequence[Array], got: Sequence[Array], expected: Reference) -> list[float]:
+    """For operators and small programs: the `error_ratio` of each output of the graph, in order, by its magnitude bound."""
     _, bounds = magnitude_bound(imported.graph, inputs)
     if not len(got) == len(expected.single) == len(bounds):
         return [float("inf")]
-    return [_ratio(*row) for row in zip(got, expected.single, expected.double, bounds, strict=True)]
+    return list(map(error_ratio, got, expected.single, expected.double, bounds))
 
 
-def worst_ratio(imported: Imported, inputs: Sequence[np.ndarray], got: Sequence[np.ndarray], expected: Reference) -> float:
-    """The greatest of `ratios`."""
-    return max(ratios(imported, inputs, got, expected), default=0.0)
+def error_ratio(got: Array, single: Array, double: Array, bound: Array | None = None) -> float:
+    """The error of one output over that of torch, both against float64; a little more is granted to torch.
 
-
-def _ratio(got: np.ndarray, single: np.ndarray, double: np.ndarray, bound: np.ndarray) -> float:
+    Without `bound` the largest errors of the output are compared, and a ratio of TORCH_FACTOR is that many times torch's
+    error and one float32 ulp of the largest value. With it, which is useless for deep networks, errors are compared element
+    by element, with 2 ulps of the bound. Infinite where shapes, dtypes, NaNs, infinities or anything but floats differ.
+    """
     if got.shape != single.shape or got.dtype != single.dtype:
         return float("inf")
     if got.dtype.kind != "f":
@@ -61,20 +59,70 @@ def _ratio(got: np.ndarray, single: np.ndarray, double: np.ndarray, bound: np.nd
     if not np.array_equal(got[~finite], single[~finite], equal_nan=True):
         return float("inf")
     with np.errstate(all="ignore"):
-        error = np.abs(got.astype(np.float64) - double)[finite]
-        own = np.abs(single.astype(np.float64) - double)[finite]
-        allowed = TORCH_FACTOR * own + ULPS * np.finfo(got.dtype).eps * bound[finite] + np.finfo(got.dtype).tiny
-        share = np.where(error == 0, 0.0, error / allowed)
-    return float(share.max(initial=0.0)) if not np.isnan(share).any() else float("inf")
+        error, own = (np.abs(x.astype(np.float64) - double)[finite] for x in (got, single))
+        if bound is None:
+            largest = min(np.abs(double[finite]).max(initial=0.0), LARGEST32)
+            error, own, granted = error.max(initial=0.0), own.max(initial=0.0), np.spacing(np.float32(largest))
+        else:
+            granted = ULPS * np.finfo(got.dtype).eps * bound[finite] + np.finfo(got.dtype).tiny
+        ratio = np.where(error == 0, 0.0, error / (own + granted / TORCH_FACTOR))
+    return float("inf") if np.isnan(ratio).any() else float(ratio.max(initial=0.0))
+
+
+def reference(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Reference:
+    """Run a model (or function) as it is, and a copy of it with all its floats in float64."""
+    import torch
+
+    with torch.no_grad():
+        single = model(*_copied(args, torch.clone), **_copied(kwargs or {}, torch.clone))
+        twice = copy.deepcopy(model).double() if isinstance(model, torch.nn.Module) else model
+        double = _in_float64(twice, _copied(args, _widened), _copied(kwargs or {}, _widened))
+    return Reference(arrays_of(single), arrays_of(double))
+
+
+def arrays_of(result: Any) -> tuple[Array, ...]:
+    """The tensors and arrays in the result of a model, or of the network made from it, in order."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    found: list[Array] = []
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Record):
+            found += [array for value in leaf.values() for array in arrays_of(value)]
+        elif isinstance(leaf, torch.Tensor | np.ndarray):
+            found.append(leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf)
+    return tuple(found)
+
+
+def _in_float64(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Some models cast to float32 on their own (RMS norms, rotary tables): they are overruled."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    def widen(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    class Wide(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.Tensor.float:
+                function = torch.Tensor.double
+            return function(*map(widen, args), **{key: widen(value) for key, value in (kwargs or {}).items()})
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Wide():
+            return function(*args, **kwargs)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _copied(tree: Any, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    return pytree.tree_map_only(torch.Tensor, copy_tensor, tree)
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(torch.Tensor, copy_tensor, tree)
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
-
-
-def _arrays(tree: Any) -> tuple[np.ndarray, ...]:
-    return tuple(leaf.detach().numpy() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))

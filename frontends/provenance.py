@@ -25,11 +25,9 @@ def short(path: str, line: int) -> str:
 
 @lru_cache(maxsize=65536)
 def _innermost(stack: str) -> str:
-    """The deepest line outside torch; the outermost one where all are inside."""
-    frames = [(path, int(line)) for path, line in _FRAME.findall(stack) if not path.startswith("<")]
-    own = [f for f in frames if not f[0].startswith(_LIBRARY)]
-    chosen = own[-1] if own else (frames[0] if frames else None)
-    return short(*chosen) if chosen else ""
+    """The deepest line outside torch; none where all are inside (a bare nn.Sequential): the module's path says where."""
+    own = [(path, int(line)) for path, line in _FRAME.findall(stack) if not path.startswith(("<", *_LIBRARY))]
+    return short(*own[-1]) if own else ""
 
 
 def loc_of(node: torch.fx.Node) -> Loc | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isnan
+from math import isfinite, isnan
 from typing import Any
 
 import numpy as np
@@ -19,23 +19,34 @@ from paring.ir.types import TensorType
 
 Key = str | int
 CONTAINERS = ("tuple", "list", "dict", "record")
+ODD_FLOATS = ("inf", "-inf", "nan")
 
 
 class Record(dict[Key, Any]):
-    """What stands for a model's own output class in a loaded network: entries by name, by position, and as attributes."""
+    """What stands for a model's own output class in a loaded network: entries by name, by position, and as attributes.
+
+    As in that class, an entry hides a method of its name: `record.values` is the entry, `dict.values(record)` the method.
+    """
+
+    class_name = "Record"
 
     def __init__(self, class_name: str, entries: Mapping[Key, Any]) -> None:
         super().__init__(entries)
         self.class_name = class_name
 
     def __getitem__(self, key: Key) -> Any:
-        return list(self.values())[key] if isinstance(key, int) and key not in self else super().__getitem__(key)
+        return list(dict.values(self))[key] if isinstance(key, int) and key not in self else super().__getitem__(key)
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("__") and dict.__contains__(self, name):
+            return dict.__getitem__(self, name)
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getitem__(name)
-        except KeyError:
-            raise AttributeError(f"{self.class_name} has no entry {name!r}") from None
+        raise AttributeError(f"{dict.__getattribute__(self, 'class_name')} has no entry {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Record, (dict.__getattribute__(self, "class_name"), dict(self))
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,9 @@ class Tree:
         if self.kind == "tensor":
             return {"kind": "tensor", "index": self.index}
         if self.kind == "constant":
-            return {"kind": "constant", "value": self.value}
+            # JSON has no infinities and no NaN.
+            odd = isinstance(self.value, float) and not isfinite(self.value)
+            return {"kind": "constant", "float": repr(self.value)} if odd else {"kind": "constant", "value": self.value}
         data: dict[str, Any] = {"kind": self.kind, "children": [child.to_json() for child in self.children]}
         if self.kind in ("dict", "record"):
             data |= {"name": self.name, "keys": list(self.keys)}
@@ -74,17 +87,24 @@ class Tree:
         children, keys, name = data.get("children"), data.get("keys", []), data.get("name", "")
         if kind == "tensor" and type(index) is int and index >= 0:
             return Tree("tensor", index=index)
+        if kind == "constant" and data.get("float") in ODD_FLOATS:
+            return Tree("constant", value=float(data["float"]))
         if kind == "constant" and isinstance(value, bool | int | float | str | None):
             return Tree("constant", value=value)
         fits = kind in CONTAINERS and isinstance(children, list) and isinstance(keys, list) and isinstance(name, str)
         named = kind in ("dict", "record")
-        if not fits or not all(isinstance(k, str | int) for k in keys) or len(keys) != (len(children) if named else 0):
+        if not fits or not all(type(k) in (str, int) for k in keys) or len(keys) != (len(children) if named else 0):
             raise ArtifactError("the structure of inputs or outputs is damaged", why=f"at {str(data)[:80]}")
         return Tree(kind, name=name, keys=tuple(keys), children=tuple(Tree.from_json(child) for child in children))
 
+    def places(self) -> list[int]:
+        """The numbers of the tensors that the structure holds places for, in order of the places."""
+        own = [self.index] if self.kind == "tensor" else []
+        return [*own, *(place for child in self.children for place in child.places())]
+
     def leaves(self) -> int:
-        """How many tensors the structure holds places for: the greatest index + 1."""
-        return max([self.index + 1, *(child.leaves() for child in self.children)])
+        """How many tensors there are to fill all places: the greatest number + 1."""
+        return max(self.places(), default=-1) + 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +139,7 @@ class Signature:
 
     def unflatten_outputs(self, arrays: Sequence[np.ndarray], like_torch: bool) -> Any:
         """The model's own output structure around the arrays, as torch tensors or as numpy arrays."""
-        return _build(self.outputs, [_to_torch(a) for a in arrays] if like_torch else list(arrays))
+        return _build(self.outputs, [to_torch(a) for a in arrays] if like_torch else list(arrays))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest; the inverse of `from_json`."""
@@ -140,8 +160,8 @@ class Signature:
         labels, types, parameters = (tuple(t) for t in texts if t is not None)
         inputs, outputs = Tree.from_json(data.get("inputs")), Tree.from_json(data.get("outputs"))
         signature = Signature(labels, tuple(TensorType.parse(t) for t in types), inputs, outputs, parameters)
-        shape_fits = [c.kind for c in inputs.children] == ["tuple", "dict"] and inputs.leaves() <= len(types) == len(labels)
-        if not shape_fits:
+        shape_fits = [c.kind for c in inputs.children] == ["tuple", "dict"] and len(types) == len(labels)
+        if not shape_fits or sorted(inputs.places()) != list(range(len(types))):
             raise ArtifactError("the specification of inputs and outputs contradicts itself")
         return signature
 
@@ -196,7 +216,7 @@ def _entry(tree: Tree, key: Key, value: Any, where: str) -> Any:
         return value[key]
     if isinstance(value, Mapping) and key in value:
         return value[key]
-    if isinstance(key, int) and isinstance(value, tuple | list) and key < len(value):
+    if isinstance(key, int) and isinstance(value, Sequence) and key < len(value):
         return value[key]
     if isinstance(key, str) and hasattr(value, key):
         return getattr(value, key)
@@ -271,7 +291,8 @@ def _from_odd_torch(tensor: Any, where: str) -> np.ndarray:
     return array
 
 
-def _to_torch(array: np.ndarray) -> Any:
+def to_torch(array: np.ndarray) -> Any:
+    """A tensor on an array's memory, or on a copy where torch could not use that."""
     import torch
 
     # torch can not mark memory as read-only: constants are copied, so that nobody writes into the network.

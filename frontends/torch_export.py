@@ -7,7 +7,7 @@ import io
 import logging
 import sys
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cache, partial
@@ -29,6 +29,7 @@ from paring.ir.errors import ArgumentError, InternalError, ModelError
 
 Decompositions = dict[Any, Callable[..., Any]]
 DECOMPOSITION_ROUNDS = 6
+DICTS = (dict, immutable_dict, OrderedDict, defaultdict)
 # The argument that says "training" in each operator that behaves differently then.
 TRAINING: dict[str, str] = {
     "aten.batch_norm.default": "training",
@@ -234,15 +235,15 @@ def _check_training(program: torch.export.ExportedProgram) -> None:
 # --- structure -------------------------------------------------------------------------------------------------------
 
 
-def _tree(spec: pytree.TreeSpec, leaves: Iterator[Tree]) -> Tree:
-    """The plain form of torch's TreeSpec; its leaves are taken in order."""
+def _tree(spec: pytree.TreeSpec, leaves: Iterator[Tree], path: tuple[Any, ...]) -> Tree:
+    """The plain form of torch's TreeSpec; its leaves are taken in order. `path` leads to it, for errors."""
     if spec.is_leaf():
         return next(leaves)
-    children = tuple(_tree(child, leaves) for child in spec.children())
     kind = spec.type
+    keys = _keys(spec, path)
+    children = tuple(_tree(child, leaves, (*path, key)) for key, child in zip(keys, spec.children(), strict=True))
     if kind in (tuple, list, immutable_list):
         return Tree("tuple" if kind is tuple else "list", children=children)
-    keys = _keys(spec.context, len(children))
     if kind in (dict, immutable_dict):
         return Tree("dict", name="dict", keys=keys, children=children)
     if kind is OrderedDict:
@@ -261,8 +262,20 @@ def _unflatten(unflatten: Callable[[Any, Any], Any], context: Any, children: lis
     return unflatten(children, context)
 
 
-def _keys(context: Any, count: int) -> tuple[Any, ...]:
+def _keys(spec: pytree.TreeSpec, path: tuple[Any, ...]) -> tuple[Any, ...]:
     """Names of a container's entries from what torch keeps about it, positions where there are none."""
+    context, count = spec.context, len(spec.children())
+    if spec.type in DICTS:
+        keys = tuple(context[1] if spec.type is defaultdict else context)
+        odd = [key for key in keys if isinstance(key, bool) or not isinstance(key, str | int)]
+        if odd:
+            raise ModelError(
+                f"the dict at {_place(path)} has the key {odd[0]!r}",
+                where=_place(path),
+                why=f"keys are str or int, this one is of type {type(odd[0]).__name__}",
+                hint="name the entries by strings, or take and return a tuple",
+            )
+        return keys
     if isinstance(context, type) and hasattr(context, "_fields"):
         return tuple(context._fields)
     for names in (context, context[0] if isinstance(context, list | tuple) and context else None):
@@ -271,14 +284,22 @@ def _keys(context: Any, count: int) -> tuple[Any, ...]:
     return tuple(range(count))
 
 
+def _place(path: tuple[Any, ...]) -> str:
+    """`input 0['a']`, `output[1]`: positional and named inputs are one container deeper."""
+    side, *keys = path
+    if side == "input" and len(keys) > 1:
+        side, keys = f"input {keys[1]!r}", keys[2:]
+    return side + "".join(f"[{key!r}]" for key in keys)
+
+
 def _input_tree(program: torch.export.ExportedProgram) -> Tree:
     given = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    return _whole(program.call_spec.in_spec, _leaves(given))
+    return _whole(program.call_spec.in_spec, _leaves(given), "input")
 
 
 def _output_tree(program: torch.export.ExportedProgram) -> Tree:
     given = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
-    return _whole(program.call_spec.out_spec, _leaves(given))
+    return _whole(program.call_spec.out_spec, _leaves(given), "output")
 
 
 def _leaves(arguments: Sequence[Any]) -> list[Tree]:
@@ -300,11 +321,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _whole(spec: pytree.TreeSpec | None, leaves: list[Tree]) -> Tree:
+def _whole(spec: pytree.TreeSpec | None, leaves: list[Tree], side: str) -> Tree:
     rest = iter(leaves)
     if spec is None:
         raise InternalError("an exported program without a call specification")
-    tree = _tree(spec, rest)
+    tree = _tree(spec, rest, (side,))
     if next(rest, None) is not None:
         raise InternalError("an exported program whose call specification does not match its signature")
     return tree

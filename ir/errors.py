@@ -54,6 +54,10 @@ class ContractError(ParingError):
     exit_code = 3
 
 
+class PassError(ParingError):
+    """A pass or a rule that failed, or gave something else than a program."""
+
+
 class MismatchError(ParingError):
     """A compiled result differs from its reference by more than was promised."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import types
 import typing
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from paring.ir.types import TensorType
 Array = npt.NDArray[Any]
 Sample = tuple["Op", tuple[TensorType, ...]]
 
+# Up to here floats are no coarser than ints.
+MOST_INT = 2**53
+
 
 @dataclass(frozen=True)
 class Op:
@@ -30,6 +34,15 @@ class Op:
     name: ClassVar[str]
     arity: ClassVar[tuple[int, int | None]] = (1, 1)
 
+    def __post_init__(self) -> None:
+        # Equal ops print the same text: 1 and 1.0 are equal in Python.
+        cls: Any = type(self)
+        for name, hint in attribute_types(cls):
+            value = getattr(self, name)
+            exact = as_declared(value, hint)
+            if exact is not value:
+                object.__setattr__(self, name, exact)
+
     def check_arity(self, count: int) -> None:
         low, high = self.arity
         if count < low or (high is not None and count > high):
@@ -39,9 +52,9 @@ class Op:
     def check_attributes(self) -> None:
         """Raise IRTypeError where an attribute is not of its declared type: it could not be printed, hashed or lowered."""
         cls: Any = type(self)
-        for name, hint in _attribute_types(cls):
+        for name, hint in attribute_types(cls):
             value = getattr(self, name)
-            if not _is_a(value, hint):
+            if not is_a(value, hint):
                 raise IRTypeError(f"attribute {name} is {value!r}", why=f"it should be {getattr(hint, '__name__', hint)}")
 
     def infer(self, *types: TensorType) -> TensorType:
@@ -71,24 +84,38 @@ class Op:
 
 
 @functools.cache
-def _attribute_types(cls: type[Op]) -> tuple[tuple[str, Any], ...]:
+def attribute_types(cls: type) -> tuple[tuple[str, Any], ...]:
+    """The fields of a dataclass with their declared types."""
     hints = typing.get_type_hints(cls)
     return tuple((field.name, hints[field.name]) for field in dataclasses.fields(cls))
 
 
-def _is_a(value: object, hint: Any) -> bool:
-    """Whether a value is of a type built from int, float, bool, str, None, tuples and classes. An int is a float too."""
-    if hint is int:
-        return type(value) is int
-    if hint is float:
-        return type(value) in (int, float)
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
+def is_a(value: object, hint: Any) -> bool:
+    """Whether a value is of a type built from int, float, bool, str, None, tuples and classes."""
+    if hint in (int, float):
+        return type(value) is hint
+    origin = typing.get_origin(hint)
     if origin is tuple:
-        kinds = members[:1] * len(value) if isinstance(value, tuple) and members[1:] == (...,) else members
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+        return isinstance(value, tuple) and len(value) == len(_kinds(value, hint)) and all(map(is_a, value, _kinds(value, hint)))
     if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, member) for member in members)
+        return any(is_a(value, member) for member in typing.get_args(hint))
     return isinstance(value, origin or hint)
+
+
+def as_declared(value: Any, hint: Any) -> Any:
+    """The value, with an int as a float where a float is declared, unless floats are coarser than it."""
+    if type(value) is int and not is_a(value, hint) and is_a(0.0, hint):
+        return float(value) if abs(value) <= MOST_INT else value
+    if isinstance(value, tuple) and typing.get_origin(hint) is tuple:
+        exact = tuple(map(as_declared, value, _kinds(value, hint)))
+        return value if len(exact) != len(value) or all(map(operator.is_, exact, value)) else exact
+    return value
+
+
+def _kinds(value: tuple[Any, ...], hint: Any) -> tuple[Any, ...]:
+    """The declared type of each element of a tuple."""
+    members = typing.get_args(hint)
+    return members[:1] * len(value) if members[1:] == (...,) else members
 
 
 def require(condition: bool, what: str, *, why: str = "", hint: str = "") -> None:

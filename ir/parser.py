@@ -22,7 +22,7 @@ _TOKEN = re.compile(
     r"""[ \t\r]*(?:\#[^\n]*)?
       (?:
         (?P<newline>\n)
-      | (?P<string>"(?:[^"\\\n]|\\.)*")
+      | (?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
       | (?P<value>%\d+)
       | (?P<number>[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\d+|inf\b|nan\b))
       | (?P<word>[A-Za-z_][A-Za-z_0-9]*)
@@ -47,7 +47,7 @@ def parse(text: str, constants: Mapping[str, Array] | None = None) -> Graph:
 
 
 def parse_attributes(text: str) -> dict[str, object]:
-    """`{a=1, b="x"}` as a dict. Raises ParseError."""
+    """`{a=1, b="x"}` as a dict; strings in either quote. Raises ParseError."""
     reader = _Reader(text, {})
     attributes = reader.attributes()
     reader.expect("end", "")

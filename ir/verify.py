@@ -34,10 +34,17 @@ def verify(graph: Graph, *, inside: str = "") -> None:
 
 def _verify_node(node: Node, where: str) -> None:
     if not isinstance(node.op, Op) or OPS.get(node.op.name) is not type(node.op):
-        raise VerifyError(f"{node.op!r} is not in the table of operators", where=where, hint="add it to paring.ir.ops.ALL")
+        what, hint = f"{node.op!r} is not in the table of operators", "add it to paring.ir.ops.ALL"
+        raise VerifyError(what, where=_place(node, where), hint=hint)
     try:
         inferred = node.op.infer(*(operand.type for operand in node.inputs))
     except IRTypeError as error:
-        raise VerifyError(f"{node.op.name} is ill-typed: {error.what}", where=where, why=error.why) from None
+        raise VerifyError(f"{node.op.name} is ill-typed: {error.what}", where=_place(node, where), why=error.why) from None
     if inferred != node.type:
-        raise VerifyError(f"{node.op.name} claims {node.type}, infers {inferred}", where=where)
+        raise VerifyError(f"{node.op.name} claims {node.type}, infers {inferred}", where=_place(node, where))
+
+
+def _place(node: Node, where: str) -> str:
+    operands = ", ".join(str(operand.type) for operand in node.inputs)
+    origin = f" from {node.loc}" if node.loc else ""
+    return f"{getattr(node.op, 'name', node.op)}({operands}){origin} in {where}"

@@ -12,7 +12,8 @@ from paring.ir.errors import ArgumentError, ParseError
 from paring.ir.graph import Graph
 from paring.ir.parser import parse_attributes
 from paring.ir.text import literal
-from paring.passes.contract import Close, Contract, Exact, Lossy
+from paring.passes.contract import Contract, Exact, Lossy, weakest
+from paring.passes.options import check_least, settle
 from paring.passes.pattern import Rule
 from paring.passes.rewriter import Context, apply_rules
 
@@ -22,13 +23,22 @@ class Pass:
     """Base of all passes. Subclasses state `name`, `contract`, and either `rules` or `run`.
 
     `lossy`: whether it may change what is computed; then it lives in `compress/` and runs only if asked for.
-    `calibrated`: whether it looks at calibration data.
+    `calibrated`: whether it looks at calibration data. `least`: the least values of whole numbers among the options.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = Exact()
     lossy: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    least: ClassVar[Mapping[str, int]] = {}
+
+    def __post_init__(self) -> None:
+        settle(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ArgumentError that names pass and option where an option is out of range."""
+        check_least(self, self.least)
 
     def rules(self) -> Sequence[Rule]:
         """The rules that make up the pass, in the order in which they are tried."""
@@ -46,8 +56,7 @@ class Pass:
         contracts = [rule.contract for rule in self.rules() if rule.name in fired]
         if not self.rules() or isinstance(self.contract, Lossy):
             return self.contract
-        ulps = max((c.ulps for c in contracts if isinstance(c, Close)), default=0.0)
-        return Close(ulps) if ulps else Exact()
+        return weakest(contracts)
 
     @classmethod
     def summary(cls) -> str:
@@ -57,7 +66,7 @@ class Pass:
         shown = [
             f"{field.name}={literal(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            if field.default is dataclasses.MISSING or literal(getattr(self, field.name)) != literal(field.default)
         ]
         return f"{self.name}{{{', '.join(shown)}}}" if shown else self.name
 
@@ -72,30 +81,16 @@ def parse_pass(text: str, table: Mapping[str, type[Pass]]) -> Pass:
         raise ArgumentError(f"unknown pass {name!r}", hint=hint)
     cls = table[name]
     try:
-        options = parse_attributes(brace + rest.replace("'", '"')) if brace else {}
+        options = parse_attributes(brace + rest) if brace else {}
     except ParseError as error:
         raise ParseError(f"pass {text!r}: {error.what}", where=error.where, hint="like layout{block=16}") from None
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for option, value in options.items():
+    for option in options:
         if option not in fields:
             near = difflib.get_close_matches(option, fields, 1, 0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(fields) or 'none'}"
             raise ArgumentError(f"pass {name} has no option {option!r}", hint=hint)
-        default = fields[option].default
-        same = type(value) is type(default) or default is dataclasses.MISSING
-        if not same and not (isinstance(default, float) and type(value) is int):
-            raise ArgumentError(f"pass {name}: {option} is a {type(default).__name__}, not {value!r}")
+    lacking = [field.name for field in fields.values() if field.default is dataclasses.MISSING and field.name not in options]
+    if lacking:
+        raise ArgumentError(f"pass {name} lacks its option {lacking[0]!r}", hint=f"like {name}{{{lacking[0]}=...}}")
     return cls(**options)
-
-
-def split_pipeline(text: str) -> list[str]:
-    """`a, b{x=1, y=2}, c` at its outer commas."""
-    parts, depth, current = [], 0, ""
-    for character in text:
-        depth += (character in "{(") - (character in "})")
-        if character == "," and depth == 0:
-            parts.append(current)
-            current = ""
-        else:
-            current += character
-    return [part.strip() for part in (*parts, current) if part.strip()]

@@ -9,9 +9,9 @@ from functools import cache
 from paring.ir.errors import ParingError
 from paring.ir.graph import Graph
 from paring.ir.op import Array
-from paring.ir.verify import verify
 from paring.passes.base import Pass
 from paring.passes.contract import Lossy, allowed_ulps
+from paring.passes.manager import run_pass
 from paring.passes.noise import MARGIN, Oracle
 from paring.passes.rewriter import Context, Rewrite
 
@@ -85,8 +85,7 @@ def _run(graph: Graph, passes: Sequence[Pass]) -> list[_Stage]:
 def _attempt(transformation: Pass, graph: Graph, fuel: int | None) -> tuple[Graph | None, Context, str]:
     context = Context(fuel)
     try:
-        after = transformation.run(graph, context)
-        verify(after)
+        after = run_pass(transformation, graph, context)
     except ParingError as error:
         return None, context, str(error)
     return after, context, ""

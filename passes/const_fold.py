@@ -22,12 +22,14 @@ class ConstFold(Pass):
     """Nodes that depend on constants only, and empty tensors, become constants.
 
     A broadcast stays where it is used by something that is not constant: a repeated value is cheaper than a large
-    constant. Integers that stand for real numbers are not turned back into these. `limit` is the greatest size in bytes of a
-    new constant that is larger than all it was made of.
+    constant. `limit` is the greatest size in bytes of a new constant that is larger than all it was made of.
+    Quantized constants stay what they are until `dequantize` is set: `fold-qdq` computes with their integers.
     """
 
     name = "const-fold"
+    least = {"limit": 0}
     limit: int = 1 << 20
+    dequantize: bool = False
 
     def run(self, graph: Graph, context: Context) -> Graph:
         values: dict[Node, Array] = {}
@@ -37,14 +39,17 @@ class ConstFold(Pass):
             if isinstance(new.op, Const):
                 values[new] = new.op.value
                 return new
-            if isinstance(new.op, Input | Dequantize | DequantizeChannels):
+            if isinstance(new.op, Input):
+                return new
+            if isinstance(new.op, Dequantize | DequantizeChannels) and not self.dequantize:
                 return new
             known = all(operand in values for operand in inputs)
             empty = new.type.size == 0 or (bool(inputs) and all(operand.type.size == 0 for operand in inputs))
             if not known and not empty:
                 return new
             repeats = isinstance(new.op, Broadcast) and not empty
-            if not repeats and new.type.bytes > max(self.limit, sum(_held(i) for i in inputs)):
+            grows = new.type.bytes > max(self.limit, sum(_held(i) for i in inputs))
+            if not repeats and grows and not isinstance(new.op, Dequantize | DequantizeChannels):
                 return new
             value = evaluate(new, [values[i] if i in values else _zeros(i) for i in inputs])
             if repeats:

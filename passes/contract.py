@@ -12,9 +12,10 @@ import numpy as np
 from paring.ir import Graph, interpret, magnitude_bound
 from paring.ir.errors import ContractError, ParseError
 from paring.ir.op import Array
-from paring.passes.noise import MARGIN, Oracle
+from paring.passes.noise import MARGIN, Oracle, sway
 
 EPS32 = float(np.finfo(np.float32).eps)
+FOR_FINITE = " for finite values"
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,24 @@ class Exact:
     """The same bits whenever the sums are exact (small integers); elsewhere at most the rounding of a reordered sum.
 
     The reference accumulates in float64, so a reordered sum differs by far less than one float32 ulp of its magnitude
-    bound: that one ulp is what is allowed.
+    bound: that one ulp is what is allowed. `finite`: nothing is promised once a value is infinite or NaN.
     """
 
+    finite: bool = False
+
     def __str__(self) -> str:
-        return "Exact"
+        return "Exact" + (FOR_FINITE if self.finite else "")
 
 
 @dataclass(frozen=True)
 class Close:
-    """Each rewrite moves each output by at most `ulps` float32 ulps of its magnitude bound."""
+    """Each rewrite moves each output by at most `ulps` float32 ulps of its magnitude bound; `finite` as for Exact."""
 
     ulps: float
+    finite: bool = False
 
     def __str__(self) -> str:
-        return f"Close({self.ulps:g})"
+        return f"Close({self.ulps:g})" + (FOR_FINITE if self.finite else "")
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,34 @@ class Lossy:
         return f"Lossy({self.metric}, {self.budget:g})"
 
 
-Contract = Exact | Close | Lossy
+@dataclass(frozen=True)
+class Steps:
+    """Each rewrite moves each integer that it computes by at most `steps`; floats and `finite` as for Close.
+
+    What is computed from an integer that moved moves too: how far, is measured (`noise.sway`).
+    """
+
+    steps: int
+    ulps: float = 0.0
+    finite: bool = False
+
+    def __str__(self) -> str:
+        ulps = f", {self.ulps:g}" if self.ulps else ""
+        return f"Steps({self.steps}{ulps})" + (FOR_FINITE if self.finite else "")
+
+
+Contract = Exact | Close | Steps | Lossy
 
 
 def parse_contract(text: str) -> Contract:
     """The inverse of `str`. Raises ParseError."""
-    if text == "Exact":
-        return Exact()
-    if match := re.fullmatch(r"Close\(([0-9.e+-]+)\)", text):
-        return Close(float(match[1]))
     if match := re.fullmatch(r"Lossy\((.*), ([0-9.e+-]+)\)", text):
         return Lossy(match[1], float(match[2]))
+    if match := re.fullmatch(rf"Steps\(([0-9]+)(?:, ([0-9.e+-]+))?\)({FOR_FINITE})?", text):
+        return Steps(int(match[1]), float(match[2] or 0), match[3] is not None)
+    if match := re.fullmatch(rf"(?:Exact|Close\(([0-9.e+-]+)\))({FOR_FINITE})?", text):
+        finite = match[2] is not None
+        return Close(float(match[1]), finite) if match[1] else Exact(finite)
     raise ParseError(f"{text!r} is not a contract")
 
 
@@ -69,8 +90,32 @@ def compose(contracts: Sequence[Contract]) -> Contract:
     lossy = [c for c in contracts if isinstance(c, Lossy)]
     if lossy:
         return Lossy(lossy[-1].metric, sum(c.budget for c in lossy))
-    ulps = sum(c.ulps for c in contracts if isinstance(c, Close))
-    return Close(ulps) if ulps else Exact()
+    return _promise(sum(map(_steps, contracts)), sum(map(_ulps, contracts)), any(map(for_finite, contracts)))
+
+
+def weakest(contracts: Sequence[Contract]) -> Exact | Close | Steps:
+    """The promise that all of these keep, none of them being lossy."""
+    steps, ulps = max(map(_steps, contracts), default=0), max(map(_ulps, contracts), default=0.0)
+    return _promise(steps, ulps, any(map(for_finite, contracts)))
+
+
+def for_finite(contract: Contract) -> bool:
+    """Whether nothing is promised once a value is infinite or NaN."""
+    return isinstance(contract, Exact | Close | Steps) and contract.finite
+
+
+def _ulps(contract: Contract) -> float:
+    return contract.ulps if isinstance(contract, Close | Steps) else 0.0
+
+
+def _steps(contract: Contract) -> int:
+    return contract.steps if isinstance(contract, Steps) else 0
+
+
+def _promise(steps: int, ulps: float, finite: bool) -> Exact | Close | Steps:
+    if steps:
+        return Steps(steps, ulps, finite)
+    return Close(ulps, finite) if ulps else Exact(finite)
 
 
 @dataclass(frozen=True)
@@ -125,8 +170,8 @@ def ulps_apart(x: Array, y: Array, bound: Array) -> Array:
 
 
 def allowed_ulps(contract: Contract, rewrites: int) -> float:
-    """How many ulps of the bound a pass that fired `rewrites` times may move an output."""
-    return 1.0 + (contract.ulps * rewrites if isinstance(contract, Close) else 0.0)
+    """How many ulps of the bound, or times its noise, a pass that fired `rewrites` times may move an output."""
+    return 1.0 + max(_ulps(contract), _steps(contract)) * rewrites
 
 
 def check(
@@ -148,6 +193,9 @@ def check(
     if isinstance(contract, Lossy):
         _check_metric(contract, before, after, metric, who)
         return
+    if isinstance(contract, Steps):
+        _check_steps(contract, before, after, arrays, rewrites, who)
+        return
     if exact and isinstance(contract, Exact):
         for position, (x, y) in enumerate(zip(interpret(before, arrays), interpret(after, arrays), strict=True)):
             if not same_bits(x, y):
@@ -161,6 +209,20 @@ def check(
         distance = Oracle.of(before, arrays).distance_of(after)
         if not distance <= MARGIN * limit:
             raise ContractError(f"{who} promised {contract}, but moved the result by {distance:.3g} times its float32 noise")
+
+
+def _check_steps(contract: Steps, before: Graph, after: Graph, arrays: Sequence[Array], rewrites: int, who: str) -> None:
+    pairs = zip(interpret(before, arrays), interpret(after, arrays), magnitude_bound(before, arrays)[1], strict=True)
+    steps, ulps = contract.steps * rewrites, 1.0 + contract.ulps * rewrites
+    for position, ((x, y, bound), moved) in enumerate(zip(pairs, sway(before, arrays), strict=True)):
+        with np.errstate(invalid="ignore"):
+            apart = np.where((x == y) | ((x != x) & (y != y)), 0.0, np.abs(x.astype(np.float64) - y.astype(np.float64)))
+            own = bound * EPS32 * ulps if x.dtype.kind == "f" else float(steps)
+            kept = (apart == 0) | (apart <= own + MARGIN * steps * moved)
+        if not kept.all():
+            index = tuple(int(i) for i in np.argwhere(~kept)[0])
+            what = f"output {position} at {index} is {y[index].item()!r}, was {x[index].item()!r}"
+            raise ContractError(f"{who} promised {contract} ({rewrites} rewrites), but {what}")
 
 
 def bound_is_vacuous(graph: Graph, arrays: Sequence[Array], ulps: float) -> bool:

@@ -63,7 +63,7 @@ def _keeps_a_key(mask: Node) -> bool:
 def spell_out_attention(m: Match) -> Node | None:
     """attention(q, k, v, mask) -> matmul(softmax(matmul(q, transpose(k)) * scale + mask), v)
 
-    For finite values: where infinite ones make all scores of a row -inf, attention gives zeros and this gives NaN.
+    Where infinite values make all scores of a row -inf, attention gives zeros and this gives NaN.
     """
     attend, (q, k, v, *mask) = m.root.op, m.root.inputs
     assert isinstance(attend, attention.ScaledDotProductAttention)
@@ -82,7 +82,7 @@ def transposed_conv_to_conv(m: Match) -> Node | None:
 
     Result row q * stride + r is a sum over the taps r, r + stride, ... of the kernel: an ordinary convolution for each
     phase r of the stride (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). Phases with
-    fewer taps are filled up with zeros: the promise is for finite values, and -0.0 may become 0.0.
+    fewer taps are filled up with zeros, which an infinite x turns into NaN.
     """
     layer, (x, weight, *bias) = m.root.op, m.root.inputs
     assert isinstance(layer, conv.ConvTranspose2d)
@@ -117,13 +117,13 @@ def _phases(weight: Array, groups: int, stride: tuple[int, int], taps: tuple[int
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(op(conv.ConvTranspose2d), transposed_conv_to_conv, Close(1)),
+    Rule(op(conv.ConvTranspose2d), transposed_conv_to_conv, Close(1, finite=True)),
     Rule(op(pool.AdaptiveAvgPool2d), adaptive_pool_to_mean, Close(1)),
     Rule(op(pool.AdaptiveAvgPool2d), adaptive_pool_to_pool, Close(1)),
     Rule(op(pool.AvgPool2d), whole_pool_to_mean, Close(1)),
     Rule(op(shape.PixelShuffle), spell_out_pixel_shuffle, Exact()),
 )
-ATTENTION_RULES: tuple[Rule, ...] = (Rule(op(attention.ScaledDotProductAttention), spell_out_attention, Close(4)),)
+ATTENTION_RULES: tuple[Rule, ...] = (Rule(op(attention.ScaledDotProductAttention), spell_out_attention, Close(4, finite=True)),)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Decompose(Pass):
     """Operators that no schedule family wants become ones that one does; `attention` also spells attention out."""
 
     name = "decompose"
-    contract = Close(4)
+    contract = Close(4, finite=True)
     attention: bool = False
 
     def rules(self) -> Sequence[Rule]:

@@ -29,7 +29,7 @@ def _foldable(layer: Node) -> bool:
             plain = features in (None, layer.inputs[1].type.shape[0])
         case _:
             plain = False
-    return plain and all(is_const(node) for node in layer.inputs[1:])
+    return plain and layer.type.is_float and all(is_const(node) for node in layer.inputs[1:])
 
 
 def _axis(layer: Node) -> int:
@@ -91,13 +91,13 @@ def fold_shift(m: Match) -> Node | None:
 
 
 def fold_pad(m: Match) -> Node | None:
-    """conv2d(pad(x, 0), w) -> conv2d(x, w) with more padding"""
+    """conv2d(pad(x, v), w) -> conv2d(x, w) with more padding of that value (0 for floats)"""
     layer, pad = m.root.op, m["pad"].op
     assert isinstance(layer, conv.Conv2d)
     assert isinstance(pad, shape.Pad)
-    plain = layer.layout == "NCHW" and pad.mode == "constant" and pad.value == 0
+    plain = layer.layout == "NCHW" and pad.mode == "constant" and pad.value == layer.pad_value
     if not plain or any(p != (0, 0) for p in pad.padding[:2]):
-        return m.decline("only zeros around the image can become the convolution's padding")
+        return m.decline("only what the convolution pads with, around the image, can become its padding")
     rows, columns = ((a + c, b + d) for (a, b), (c, d) in zip(layer.padding, pad.padding[2:], strict=True))
     return m.make(dataclasses.replace(layer, padding=(rows, columns)), m["x"], *m.root.inputs[1:])
 

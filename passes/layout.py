@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from paring.ir.graph import Graph, Node
 from paring.ir.layout import blocks_of
 from paring.ir.op import Op
-from paring.ir.ops import ALL, ELEMENTWISE, binary, conv, pool, reduce, shape
+from paring.ir.ops import ALL, ELEMENTWISE, binary, conv, pool, quantized, reduce, shape
 from paring.ir.ops.core import Const
 from paring.ir.ops.pack import PackConvWeight
 from paring.passes.base import Pass
@@ -23,16 +23,18 @@ _TRAPS: tuple[type[Op], ...] = (binary.FloorDiv, binary.Remainder)
 class Layout(Pass):
     """Convolutions with constant weights run on blocked channels; what follows them stays blocked as long as it can.
 
-    `block` is the number of channels in a block, a multiple of the target's vector width. Images change layout only where
-    a blocked part of the network begins or ends; a transformation is shared by all its readers. What lanes of padding hold
-    does not matter: no op reads them for a result that counts.
+    `block` is the number of channels in a block, a multiple of the target's vector width. `group` is the number of neighbouring
+    8-bit channels whose products the target sums at once (1: it does not, and integer convolutions stay as they are). Images
+    change layout only where a blocked part of the network begins or ends; a transformation is shared by all its readers. What
+    lanes of padding hold does not matter: no op reads them for a result that counts.
     """
 
     name = "layout"
     block: int = 16
+    group: int = 1
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        walker = _Walker(self.block, context)
+        walker = _Walker(self.block, self.group, context)
         for node in graph.nodes():
             walker.visit(node)
         if not context.rewrites:
@@ -43,8 +45,8 @@ class Layout(Pass):
 class _Walker:
     """Keeps for each node of the old graph its plain and its blocked form; either is made from the other on demand."""
 
-    def __init__(self, block: int, context: Context) -> None:
-        self.block = block
+    def __init__(self, block: int, group: int, context: Context) -> None:
+        self.block, self.group = block, group
         self.layout = f"NCHW{block}c"
         self.context = context
         self.plain_of: dict[Node, Node] = {}
@@ -80,6 +82,10 @@ class _Walker:
         self.blocked_of[node] = Node(op, (self.plain(node),), node.loc)
         return self.blocked_of[node]
 
+    def in_blocks_of(self, size: int, node: Node) -> Node:
+        """A plain image in blocks of another size."""
+        return Node(shape.LayoutTransform("NCHW", f"NCHW{size}c", node.type.shape[1]), (self.plain(node),), node.loc)
+
     def _is_channel_vector(self, node: Node) -> bool:
         """Whether a broadcast repeats something that has channels at most, not rows or columns."""
         (source,) = node.inputs
@@ -112,16 +118,23 @@ def _conv(w: _Walker, node: Node) -> Node | None:
     whole_groups = per_group % block == 0 and (out // op.groups) % block == 0
     if op.groups > 1 and not depthwise and not whole_groups:
         return None
-    # A plain image of few channels (the first layer's) is read as it is: its channels would not fill a block.
-    from_plain = not w.is_blocked(x) and channels < block and op.groups == 1
-    block_in = 1 if from_plain or depthwise else block
-    source = w.plain(x) if from_plain else w.blocked(x)
+    integer = weight.type.dtype == "int8" and not depthwise
+    if integer and w.group == 1:
+        return None
+    # A plain image of few channels (the first layer's) is read as it is, or in blocks of what is summed at once: its channels
+    # would not fill a block.
+    few = not w.is_blocked(x) and channels < block and op.groups == 1
+    from_plain = few and not integer
+    block_in = 1 if from_plain or depthwise else w.group if few and channels <= w.group else block
+    source = w.plain(x) if from_plain else w.blocked(x) if block_in in (1, block) else w.in_blocks_of(block_in, x)
     if source is None:
         return None
     groups = blocks_of(out, block) * block if depthwise else op.groups
-    weight_layout = f"OIHW{block_in}i{block}o"
-    layout = "NCHW" if from_plain else w.layout
-    in_channels = channels if op.groups == 1 and channels % block_in else 0
+    weight_layout = f"OIHW{block_in // w.group}i{block}o{w.group}i" if integer else f"OIHW{block_in}i{block}o"
+    layout = "NCHW" if from_plain else w.layout if depthwise else f"NCHW{block_in}c"
+    # Bytes are read in whole groups: the weights of what fills up the last one are zeros.
+    read = blocks_of(channels, w.group) * w.group if integer else channels
+    in_channels = read if op.groups == 1 and read % block_in else 0
     out_channels = out if op.groups == 1 and out % block else 0
     new = dataclasses.replace(op, layout=layout, out_layout=w.layout, weight_layout=weight_layout, groups=groups)
     new = dataclasses.replace(new, in_channels=in_channels, out_channels=out_channels)
@@ -140,6 +153,11 @@ def _elementwise(w: _Walker, node: Node) -> Node | None:
         return None
     operands = [w.blocked(operand) for operand in node.inputs]
     return Node(node.op, [o for o in operands if o is not None], node.loc)
+
+
+def _lookup(w: _Walker, node: Node) -> Node | None:
+    q, table = node.inputs
+    return Node(node.op, (w.blocked_of[q], w.plain(table)), node.loc) if w.is_blocked(q) else None
 
 
 def _pool(w: _Walker, node: Node) -> Node | None:
@@ -217,5 +235,6 @@ BLOCKED: dict[type[Op], Callable[[_Walker, Node], Node | None]] = {
     shape.Concat: _concat,
     shape.Slice: _slice,
     shape.Pad: _pad,
+    quantized.Lookup: _lookup,
     **{op: _elementwise for op in ALL if issubclass(op, ELEMENTWISE) and not issubclass(op, _TRAPS)},
 }

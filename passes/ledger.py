@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from paring.ir.graph import Graph, Node
+from paring.ir.graph import Graph
+from paring.ir.liveness import peak_activation_bytes
 from paring.ir.ops.core import Const, Region
-from paring.ir.ops.shape import Reshape
 from paring.passes.contract import Close, Contract, compose, parse_contract
 
 # How many layers of the lowest SQNR the text shows; the entry has all.
@@ -19,7 +18,7 @@ SHOWN_LAYERS = 5
 
 @dataclass(frozen=True)
 class Size:
-    """A program in figures. Peak activations: the most bytes alive at once when nodes run in order, views being free."""
+    """A program in figures."""
 
     nodes: int
     macs: int
@@ -38,30 +37,7 @@ def measure(graph: Graph) -> Size:
         for member in members:
             if isinstance(member.op, Const):
                 digests[member.op.digest] = member.type.bytes
-    return Size(nodes, macs, sum(digests.values()), _peak_bytes(graph))
-
-
-def _peak_bytes(graph: Graph) -> int:
-    def storage(node: Node) -> Node:
-        while isinstance(node.op, Reshape):
-            (node,) = node.inputs
-        return node
-
-    left: Counter[Node] = Counter(storage(n) for n in graph.outputs)
-    order = [n for n in graph.nodes() if not isinstance(n.op, Const | Reshape)]
-    for node in order:
-        left.update(storage(i) for i in node.inputs)
-    alive = peak = 0
-    for node in order:
-        alive += node.type.bytes
-        peak = max(peak, alive)
-        for operand in map(storage, node.inputs):
-            left[operand] -= 1
-            if left[operand] == 0 and not isinstance(operand.op, Const):
-                alive -= operand.type.bytes
-        if left[node] == 0:
-            alive -= node.type.bytes
-    return peak
+    return Size(nodes, macs, sum(digests.values()), peak_activation_bytes(graph))
 
 
 @dataclass(frozen=True)
@@ -134,15 +110,17 @@ class Ledger:
         return Ledger(entries)
 
     def __str__(self) -> str:
+        wide = max([10, *(len(str(e.contract)) for e in self.entries)])
         lines = [
-            f"{'':>3} {'pass':<28} {'contract':<10} {'fired':>5} {'nodes':>6} {'MMACs':>9} "
+            f"{'':>3} {'pass':<28} {'contract':<{wide}} {'fired':>5} {'nodes':>6} {'MMACs':>9} "
             f"{'param KiB':>10} {'peak KiB':>9} {'ms':>8}"
         ]
         for e in self.entries:
             a = e.after
             lines.append(
-                f"{e.step:>3} {e.name:<28} {e.contract!s:<10} {sum(e.rewrites.values()):>5} {a.nodes:>6} {a.macs / 1e6:>9.1f} "
-                f"{a.parameter_bytes / 1024:>10.1f} {a.peak_activation_bytes / 1024:>9.1f} {e.seconds * 1e3:>8.1f}"
+                f"{e.step:>3} {e.name:<28} {e.contract!s:<{wide}} {sum(e.rewrites.values()):>5} {a.nodes:>6} "
+                f"{a.macs / 1e6:>9.1f} {a.parameter_bytes / 1024:>10.1f} {a.peak_activation_bytes / 1024:>9.1f} "
+                f"{e.seconds * 1e3:>8.1f}"
             )
         for e in self.entries:
             lines.extend(f"{e.step:>3} {line}" for line in e.remarks())

@@ -10,17 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from paring.ir import Graph, constants, interpret, same, show
-from paring.ir.errors import ArgumentError, InternalError, ParingError
+from paring.ir import Graph, Input, constants, interpret, same, show
+from paring.ir.errors import ArgumentError, ContractError, InternalError, ParingError, PassError
 from paring.ir.op import Array
+from paring.ir.text import quote
 from paring.ir.verify import verify
 from paring.passes.base import Pass
 from paring.passes.ledger import Entry, Ledger, measure
-from paring.passes.rewriter import Context, Rewrite, Run, Tell, silent
+from paring.passes.rewriter import Context, Rewrite, Run, Tell, failure, silent
 
 Hook = Callable[[int, Pass | None, Graph], None]
 
@@ -49,44 +51,94 @@ def run_pipeline(
 ) -> Result:
     """Run passes in order, each verified.
 
-    `dump`: a folder for the text after each changing pass. `fuel`: how many rewrites may be made in all. `metric`: given
-    the graph after each changing pass, its figure goes into the ledger; where some passes are lossy, after these only.
-    `progress` is told each pass's name. `calibration`, `run` and `tell` are for passes that look at data: see Context.
+    `dump`: a folder for the text after each changing pass, written when a pass fails too. `fuel`: how many rewrites may be
+    made in all. `metric`: given the graph after each changing pass, its figure goes into the ledger; where some passes are
+    lossy, after these only. Lossy passes run without a metric too; the ledger then says so. `progress` is told each pass's
+    name. `calibration`, `run` and `tell` are for passes that look at data: see Context.
     Raises ParingError with the pass named where one fails.
     """
     verify(graph)
     result = Result(graph, Ledger(), [("import", graph)])
-    size = measure(graph)
     measured = _Metric(metric, any(p.lossy for p in passes))
-    for step, transformation in enumerate(passes, 1):
-        if progress:
-            progress(transformation.name)
-        context = Context(fuel, calibration=calibration, run=run, metric=measured.function, tell=tell)
-        context.earlier = [stage for _, stage in result.stages]
-        start = time.perf_counter()
-        after = _run_one(transformation, graph, context, step)
-        fuel = context.fuel
-        changed = after is not graph and bool(context.rewrites)
-        if after is not graph and not changed and not same(after, graph):
-            what = f"pass {transformation.name} changed the program without spending fuel"
-            raise InternalError(what, hint="call context.spend(rule, node) before each change")
-        after = after if changed else graph
-        new_size = measure(after) if changed else size
-        seconds = time.perf_counter() - start
-        fired = dict(sorted(Counter(r.rule for r in context.rewrites).items()))
-        figure = measured.after(transformation, graph, after, context) if changed else None
-        promise = transformation.promise(context)
-        entry = Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure)
-        entry = dataclasses.replace(entry, sqnr=dict(context.sqnr), notes=tuple(context.notes))
-        result.ledger.entries.append(entry)
-        result.declined.extend((transformation.name, rewrite, why) for rewrite, why in context.declined)
-        if changed:
-            result.stages.append((str(transformation), after))
-        graph, size = after, new_size
-    result.graph = graph
+    context = partial(Context, calibration=calibration, run=run, metric=measured.function, tell=tell)
+    try:
+        for step, transformation in enumerate(passes, 1):
+            if progress:
+                progress(transformation.name)
+            fuel = _advance(result, step, transformation, context(fuel), measured)
+    except Exception as error:
+        if dump is not None:
+            _dump_what_there_is(result, Path(dump), error)
+        raise
     if dump is not None:
         write_dumps(result, Path(dump))
     return result
+
+
+def _advance(result: Result, step: int, transformation: Pass, context: Context, measured: _Metric) -> int | None:
+    """Run one pass on the graph reached so far, and write down what it did; gives the fuel that is left."""
+    graph, entries = result.graph, result.ledger.entries
+    size = entries[-1].after if entries else measure(graph)
+    context.earlier = [stage for _, stage in result.stages]
+    start = time.perf_counter()
+    after = _run_one(transformation, graph, context, step)
+    changed = after is not graph and bool(context.rewrites)
+    if after is not graph and not changed and not same(after, graph):
+        what = f"pass {transformation.name} changed the program without spending fuel"
+        raise InternalError(what, hint="call context.spend(rule, node) before each change")
+    after = after if changed else graph
+    new_size = measure(after) if changed else size
+    seconds = time.perf_counter() - start
+    fired = dict(sorted(Counter(r.rule for r in context.rewrites).items()))
+    figure = measured.after(transformation, graph, after, context) if changed else None
+    promise = transformation.promise(context)
+    entry = Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure)
+    entries.append(dataclasses.replace(entry, sqnr=dict(context.sqnr), notes=tuple(context.notes)))
+    result.declined.extend((transformation.name, rewrite, why) for rewrite, why in context.declined)
+    if changed:
+        result.stages.append((str(transformation), after))
+    result.graph = after
+    return context.fuel
+
+
+def _dump_what_there_is(result: Result, folder: Path, error: Exception) -> None:
+    """Write the stages before a failure; the error says where they are."""
+    try:
+        write_dumps(result, folder)
+    except ArgumentError as other:
+        said = f"{other.what}: {other.why}"
+    else:
+        said = f"the stages before it are in {folder}"
+    if isinstance(error, ParingError):
+        error.hint = f"{error.hint}; {said}" if error.hint else said
+
+
+def run_pass(transformation: Pass, graph: Graph, context: Context) -> Graph:
+    """One pass over a graph. Raises ParingError unless it gives a well-formed program that is called like the one before."""
+    try:
+        after: object = transformation.run(graph, context)
+        if not isinstance(after, Graph):
+            raise PassError(f"the pass gives a {type(after).__name__}, not a graph")
+        verify(after)
+    except ParingError:
+        raise
+    except Exception as error:
+        raise failure("the pass", error) from error
+    for what, before, now in (
+        ("inputs", _inputs(graph), _inputs(after)),
+        ("type of an output", _outputs(graph), _outputs(after)),
+    ):
+        if before != now:
+            raise ContractError(f"{transformation} changed the {what}", why=f"it was {before}, is {now}")
+    return after
+
+
+def _inputs(graph: Graph) -> str:
+    return ", ".join(f"{quote(n.op.label)}: {n.type}" for n in graph.inputs if isinstance(n.op, Input)) or "none"
+
+
+def _outputs(graph: Graph) -> str:
+    return ", ".join(str(n.type) for n in graph.outputs)
 
 
 class _Metric:
@@ -118,6 +170,8 @@ class _Metric:
     def after(self, transformation: Pass, before: Graph, graph: Graph, context: Context) -> float | None:
         """The figure for the ledger; that of the graph before goes into the notes of a lossy pass."""
         if self.metric is None or (self.lossy_only and not transformation.lossy):
+            if transformation.lossy:
+                context.notes.append("no metric was given")
             return None
         if transformation.lossy:
             context.notes.insert(0, f"metric {self.of(before):g} before")
@@ -126,14 +180,12 @@ class _Metric:
 
 def _run_one(transformation: Pass, graph: Graph, context: Context, step: int) -> Graph:
     try:
-        after = transformation.run(graph, context)
-        verify(after)
+        return run_pass(transformation, graph, context)
     except ParingError as error:
         last = f" after {context.rewrites[-1]}" if context.rewrites else ""
         place = f"pass {step} {transformation}{last}"
         error.where = f"{place}: {error.where}" if error.where else place
         raise
-    return after
 
 
 def write_dumps(result: Result, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 The magnitude bound grows with each layer: at the output of ResNet-18 it is 1e19 times the values, and says nothing. Right
 rewrites stay within a few times the measured noise however deep the network is; wrong ones are off by millions.
+In a quantized network rounding alone can move an integer by a step, and what that does later is noise as well.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paring.ir import Graph, interpret
+from paring.ir import Const, Graph, Node, interpret, rebuild
 from paring.ir.op import Array
+from paring.ir.ops import binary, quantized, unary
 
 # A contract bounds rounding in ulps; how it shows at the output is only measured, on one input: room for that.
 MARGIN = 4.0
+
+# Ops that round to an integer.
+ROUNDING = (quantized.Quantize, quantized.Requantize, quantized.QuantizedMul)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Oracle:
     @staticmethod
     def of(graph: Graph, arrays: Sequence[Array]) -> Oracle:
         real = interpret(graph, arrays, exact_real=True)
-        return Oracle(arrays, real, [_noise(x, y) for x, y in zip(interpret(graph, arrays), real, strict=True)])
+        noise = [_noise(x, y) for x, y in zip(interpret(graph, arrays), real, strict=True)]
+        return Oracle(arrays, real, list(map(max, noise, sway(graph, arrays))))
 
     def distance(self, outputs: Sequence[Array]) -> float:
         """How many times the noise the worst output is off; infinite where NaN or infinities differ."""
@@ -37,6 +43,26 @@ class Oracle:
 
     def distance_of(self, graph: Graph) -> float:
         return self.distance(interpret(graph, self.arrays, exact_real=True))
+
+
+def sway(graph: Graph, arrays: Sequence[Array]) -> list[float]:
+    """How far each output moves when integers inside the graph are a step off, up or down, or not, at random."""
+    rng = np.random.default_rng(0)
+    users = graph.users()
+
+    def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
+        new = node if inputs == node.inputs else node.with_inputs(inputs)
+        if not isinstance(node.op, ROUNDING) or not users[node]:
+            return new
+        low, high = node.op.range
+        off = Node(Const(rng.integers(-1, 2, node.type.shape).astype(np.int32)))
+        moved = Node(binary.Add(), (Node(unary.Cast("int32"), (new,)), off))
+        return Node(unary.Cast(node.type.dtype), (Node(unary.Clamp(float(low), float(high)), (moved,)),))
+
+    swayed = rebuild(graph, visit)
+    if all(a is b for a, b in zip(swayed.outputs, graph.outputs, strict=True)):
+        return [0.0] * len(graph.outputs)
+    return [_apart(x, y) for x, y in zip(interpret(swayed, arrays), interpret(graph, arrays), strict=True)]
 
 
 def _noise(rounded: Array, real: Array) -> float:

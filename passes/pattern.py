@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from paring.ir.errors import PassError
 from paring.ir.graph import Loc, Node
 from paring.ir.op import Op
 from paring.passes.contract import Contract
@@ -51,6 +52,9 @@ class Match:
     reason: str = ""
 
     def __getitem__(self, name: str) -> Node:
+        if name not in self.captured:
+            captured = ", ".join(map(repr, self.captured)) or "nothing"
+            raise PassError(f"the pattern captures no {name!r}", why=f"it captures {captured}", hint=f"any_({name!r})")
         return self.captured[name]
 
     def make(self, op: Op, *inputs: Node, loc: Loc | None = None) -> Node:

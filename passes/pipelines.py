@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from paring.ir.errors import ArgumentError
-from paring.passes.base import Pass, parse_pass, split_pipeline
+from paring.passes.base import Pass, parse_pass
 from paring.passes.canonicalize import Canonicalize
 from paring.passes.compress.adaround import AdaRound
 from paring.passes.compress.correct_bias import CorrectBias
@@ -17,15 +17,17 @@ from paring.passes.cse import Cse
 from paring.passes.dce import Dce
 from paring.passes.decompose import Decompose
 from paring.passes.fold_bn import FoldBn
+from paring.passes.fold_qdq import FoldQdq
 from paring.passes.fuse import Fuse
 from paring.passes.layout import Layout
+from paring.passes.options import split_pipeline
 from paring.passes.prepack import Prepack
 from paring.passes.scale_weights import ScaleWeights
 from paring.passes.sink_reshapes import SinkReshapes
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
+    for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, FoldQdq, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
 }
 
 LOSSY: dict[str, type[Pass]] = {cls.name: cls for cls in (Equalize, Smooth, Quantize, AdaRound, CorrectBias)}
@@ -42,11 +44,13 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         *_SIMPLIFY,
         "fold-bn",
         "decompose",
+        "fold-qdq",
+        "const-fold{{dequantize=True}}",
         "sink-reshapes",
         "canonicalize",
         "const-fold",
-        "layout{{block={block}}}",
-        "prepack{{block={block}}}",
+        "layout{{block={block}, group={group}}}",
+        "prepack{{block={block}, group={group}}}",
         "const-fold",
         "scale-weights",
         "canonicalize",

@@ -21,14 +21,17 @@ def fold_packing(m: Match) -> Node | None:
     return constant(m.root.op.ref(weight.op.ref()), weight.loc)
 
 
-def _pack_linear(block: int) -> Rule:
+def _pack_linear(block: int, group: int) -> Rule:
     def pack_linear(m: Match) -> Node | None:
-        """linear(x, constant w) -> linear{OI16o}(x, packed w)"""
+        """linear(x, constant w) -> linear{OI16o}(x, packed w), of integers linear{OI16o4i}"""
         layer, (x, weight, *bias) = m.root.op, m.root.inputs
         assert isinstance(layer, linear.Linear)
         if layer.weight_layout != "OI":
             return None
-        layout = f"OI{block}o"
+        integer = weight.type.dtype == "int8"
+        if integer and group == 1:
+            return m.decline("the target has no instruction that sums products of bytes")
+        layout = f"OI{block}o{group}i" if integer else f"OI{block}o"
         packed = m.make(pack.PackLinearWeight(layout), weight, loc=weight.loc)
         constant_weight = constant(packed.op.ref(weight.op.ref()), weight.loc)
         return m.make(linear.Linear(layout, weight.type.shape[0]), x, constant_weight, *bias)
@@ -38,11 +41,15 @@ def _pack_linear(block: int) -> Rule:
 
 @dataclass(frozen=True)
 class Prepack(Pass):
-    """Constant weights are packed at compile time: linear layers in blocks of `block` outputs, padding included."""
+    """Constant weights are packed at compile time: linear layers in blocks of `block` outputs, padding included.
+
+    The weights of 8-bit integers have `group` neighbouring inputs side by side (1: they stay as they are).
+    """
 
     name = "prepack"
     block: int = 16
+    group: int = 1
 
     def rules(self) -> Sequence[Rule]:
         packing = (pack.PackConvWeight, pack.PackLinearWeight, shape.Pad, shape.LayoutTransform)
-        return (Rule(op(packing, any_("w", is_const)), fold_packing, Exact()), _pack_linear(self.block))
+        return (Rule(op(packing, any_("w", is_const)), fold_packing, Exact()), _pack_linear(self.block, self.group))

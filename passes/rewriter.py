@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
+from traceback import extract_tb
 
-from paring.ir.errors import InternalError, IRTypeError
+from paring.ir.errors import InternalError, IRTypeError, ParingError, PassError
 from paring.ir.graph import Graph, Node, rebuild
 from paring.ir.interpreter import interpret
 from paring.ir.op import Array, Op
@@ -119,10 +121,9 @@ def _sweep(graph: Graph, by_op: _RulesByOp, context: Context) -> Graph:
 
 def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], context: Context) -> Node | None:
     for rule in rules:
-        found = match(rule.pattern, node, uses)
+        found, replacement = _try(rule, node, uses)
         if found is None:
             continue
-        replacement = _attempt(rule, found)
         if replacement is None:
             if found.reason:
                 context.decline(rule.name, node, found.reason)
@@ -132,15 +133,34 @@ def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], contex
     return None
 
 
-def _attempt(rule: Rule, found: Match) -> Node | None:
+def _try(rule: Rule, node: Node, uses: Counter[Node]) -> tuple[Match | None, Node | None]:
+    """The match and what takes the node's place. Whatever a rule raises becomes a ParingError that names rule and node."""
     try:
-        replacement = rule.rewrite(found)
-    except IRTypeError as error:
-        where = f"rule {rule.name} at {describe(found.root)}: {error.where}"
-        raise IRTypeError(error.what, where=where, why=error.why, hint=error.hint) from None
-    if replacement is found.root:
+        found = match(rule.pattern, node, uses)
+        return found, _replacement(rule, found) if found else None
+    except ParingError as error:
+        place = f"rule {rule.name} at {describe(node)}"
+        error.where = f"{place}: {error.where}" if error.where else place
+        raise
+    except Exception as error:
+        place = f"rule {rule.name} at {describe(node)}"
+        raise failure("a rule", error, place) from error
+
+
+def failure(who: str, error: Exception, where: str = "") -> PassError:
+    """What stands for an error that is none of ours: what it said, and the deepest line outside libraries."""
+    frames = extract_tb(error.__traceback__)
+    frame = ([f for f in frames if "site-packages" not in f.filename] or frames)[-1]
+    line = f"{'/'.join(PurePath(frame.filename).parts[-2:])}:{frame.lineno}"
+    return PassError(f"{who} raised {type(error).__name__} at {line}", where=where, why=str(error))
+
+
+def _replacement(rule: Rule, found: Match) -> Node | None:
+    replacement: object = rule.rewrite(found)
+    if replacement is found.root or replacement is None:
         return None
-    if replacement is not None and replacement.type != found.root.type:
-        where = f"rule {rule.name} at {describe(found.root)}"
-        raise IRTypeError(f"a rewrite gives {replacement.type} in place of {found.root.type}", where=where)
+    if not isinstance(replacement, Node):
+        raise PassError(f"a rewrite gives a {type(replacement).__name__}, not a node")
+    if replacement.type != found.root.type:
+        raise IRTypeError(f"a rewrite gives {replacement.type} in place of {found.root.type}")
     return replacement

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import prod
 
 import numpy as np
+import planting_qdq
 
 from paring.generators import Builder, splitting, squeeze_excite
 from paring.ir import Graph, Input, Node, Op, Region
@@ -22,6 +23,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "fold-bn": fold_bn.RULES,
     "decompose{attention=True}": (*decompose.RULES, *decompose.ATTENTION_RULES),
     "prepack{block=4}": tuple(prepack.Prepack(BLOCK).rules()),
+    "fold-qdq": planting_qdq.RULES,
     "scale-weights": scale_weights.RULES,
     "sink-reshapes": sink_reshapes.RULES,
 }
@@ -359,6 +361,7 @@ PLANTERS: dict[str, tuple[Plant, ...]] = {
     "fold-packing": (fold_packing,),
     "pack-linear": (pack_linear,),
     "gate-to-weights": (_gate_to_weights(False), _gate_to_weights(True)),
+    **planting_qdq.PLANTERS,
 }
 """By rule, for each of its patterns one planter."""
 

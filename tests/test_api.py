@@ -53,6 +53,48 @@ def test_torch_in_torch_out_and_numpy_in_numpy_out() -> None:
     assert np.array_equal(found, net(x).numpy())
 
 
+def test_numpy_examples_will_do_for_a_model_of_torch() -> None:
+    model = torch.nn.Linear(3, 3).eval()
+    backwards = np.arange(6, dtype=">f4").reshape(2, 3)[::-1]
+    expected = model(torch.from_numpy(backwards.astype("float32"))).detach().numpy()
+    for net in (paring.compile(model, (backwards,), target="reference"), paring.compile(model, target="reference")):
+        np.testing.assert_array_almost_equal_nulp(net(backwards), expected, 8)
+    with pytest.raises(errors.InputError, match="array of <U1"):
+        paring.compile(model, (np.array(["a"]),), target="reference")
+
+
+def test_a_closed_network_is_not_compiled_again() -> None:
+    net = paring.compile(torch.nn.Linear(3, 3).eval(), target="reference")
+    net(torch.ones(1, 3))
+    net.close()
+    for call in (lambda: net(torch.ones(1, 3)), lambda: net(torch.ones(2, 3)), lambda: net.specialize(torch.ones(3, 3))):
+        with pytest.raises(errors.InputError, match="closed"):
+            call()
+
+
+class Shifted(torch.nn.Module):
+    def forward(self, x: torch.Tensor, low: float, missing: float) -> torch.Tensor:
+        return torch.clamp(x, min=low) + (0.0 if missing != missing else 1.0)
+
+
+def test_networks_for_infinite_and_missing_constants_are_saved(tmp_path: Path) -> None:
+    args = (torch.tensor([-1.0, 2.0]), -float("inf"), float("nan"))
+    net = paring.compile(Shifted(), args)
+    again = paring.load(net.save(tmp_path / "net.paring"))
+    assert torch.equal(again(*args), net(*args))
+    with pytest.raises(errors.InputError, match="expected -inf"):
+        again(args[0], 0.0, args[2])
+
+
+def test_an_artifact_whose_inputs_lack_a_tensor_is_refused(tmp_path: Path) -> None:
+    path = paring.compile(torch.nn.Linear(3, 3).eval(), (torch.ones(1, 3),)).save(tmp_path / "net.paring")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["structure"]["inputs"]["children"][0]["children"] = [{"kind": "constant", "value": 1}]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(errors.ArtifactError, match="contradicts itself"):
+        paring.load(path)
+
+
 def test_saved_networks_run_in_another_process(tmp_path: Path) -> None:
     model, (x,) = small_mobilenet()
     net = paring.compile(model, (x,))

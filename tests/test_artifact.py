@@ -296,6 +296,19 @@ def test_libraries_of_another_machine(saved: Path, foreign: Built) -> None:
     refused(saved, "not code for")
 
 
+def test_a_target_of_a_new_architecture_needs_no_more_than_its_entry(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.paring"
+    riscv = replace(TARGETS["arm"], name="riscv", arch="riscv64", elf_machine=243, linker="", linker_package="")
+    monkeypatch.setitem(artifact.TARGETS, riscv.name, riscv)
+    save(path, replace(built, target=riscv), structure={}, report={})
+    refused(path, "not code for riscv64")
+    head = built.library[:18] + riscv.elf_machine.to_bytes(2, "little") + built.library[20:]
+    reseal(path, LIBRARY, head)
+    assert load(path).built.target.name == "riscv"
+
+
 def test_features_that_this_host_lacks(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.paring"
     later: Target = replace(built.target, needs=("avx2048",), device="")
@@ -369,6 +382,19 @@ def test_the_bytes_that_were_checked_are_the_bytes_that_run(saved: Path) -> None
     shutil.rmtree(saved)
     with open_executable(found.built) as net:
         net.run([np.zeros((3, 10), "float32")])
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_the_umask_is_kept_and_never_unset(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: int) -> None:
+    path, before = tmp_path / "net.paring", os.umask(mask)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", lambda mask: pytest.fail("other threads would make files that all may write"))
+            save(path, built, structure={}, report={})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert sorted(os.listdir(path)) == sorted((MANIFEST, *FILES))
 
 
 def test_saving_again_replaces(built: Built, saved: Path) -> None:

@@ -18,6 +18,7 @@ import paring.cli.check
 import paring.doctor
 from paring.cli import COMMANDS
 from paring.cli.frame import as_plain_data, plain
+from paring.doctor import Check, Finding
 from paring.ir import constants, show
 from paring.passes.pipelines import LOSSY, PASSES, parse_pipeline
 
@@ -245,7 +246,8 @@ def test_a_file_that_does_not_parse(tmp_path: Path) -> None:
         (["--dump", "{dir}/000_import.ir/x"], "cannot write"),
         (["--plugin", "{dir}/plugin.py:NotAPass"], "not a pass"),
         (["--plugin", "{dir}/plugin.py:Absent"], "has no 'Absent'"),
-        (["--plugin", "{dir}/plugin.py:Failing"], "code of yours"),
+        (["--plugin", "{dir}/plugin.py:Failing"], "plugin.py:"),
+        (["--plugin", "{dir}/plugin.py:Failing"], "rule fails at relu"),
         (["--target", "arm", "--check"], "--device emulator"),
     ],
 )
@@ -340,8 +342,6 @@ def test_bench_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 @pytest.mark.fast
 def test_doctor_fails_only_for_what_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paring.doctor import Check, Finding
-
     def crash() -> Finding:
         raise RuntimeError("in the check")
 
@@ -365,6 +365,23 @@ def test_a_crash_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not finding.ok
     assert "signal 11" in finding.detail
     assert "apache-tvm-ffi" in finding.hint
+
+
+@pytest.mark.fast
+def test_a_failed_check_says_all_that_the_error_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = "TargetError('no such machine', where='target x', why='it has\\nno cores', hint='buy one')"
+    monkeypatch.setattr(paring.doctor, "_PARING_WORKS", f"from paring.errors import TargetError\nraise {error}")
+    finding = paring.doctor._compiles()
+    said = "TargetError: no such machine\n  where: target x\n  why: it has\nno cores\n  hint: buy one"
+    assert (finding.ok, finding.detail) == (False, said)
+    monkeypatch.setattr(paring.doctor, "CHECKS", (Check("compile and run", paring.doctor._compiles, True),))
+    done = Result("doctor")
+    assert done.code == 1
+    assert all(line.strip() in done.out for line in said.splitlines())
+    monkeypatch.setattr(paring.doctor, "_PARING_WORKS", "import sys; print('first\\nsecond', file=sys.stderr); sys.exit(5)")
+    assert paring.doctor._compiles().detail == "first\nsecond"
+    monkeypatch.setattr(paring.doctor, "_PARING_WORKS", "raise SystemExit(5)")
+    assert paring.doctor._compiles().detail == "exit status 5"
 
 
 # With torch and TVM.

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from paring.backends import emulator
+from paring.backends import emulator, wheels
 from paring.backends.emulator import Emulator, EmulatorError
 
 LACKS = emulator.missing()
@@ -276,3 +277,29 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ]
     with pytest.raises(EmulatorError, match="Debian: qemu-user"):
         emulator.prepare()
+
+
+def test_wheels_of_another_content_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    index, folder = tmp_path / "index", tmp_path / "wheels"
+    index.mkdir()
+    folder.mkdir()
+    for requirement in wheels.HASHES:
+        name = requirement.replace("-", "_").replace("==", "-")
+        with zipfile.ZipFile(index / f"{name}-py3-none-manylinux_2_28_aarch64.whl", "w") as archive:
+            archive.writestr("tvm/lib/libtvm_runtime.so", "harm")
+    for option, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(index)), ("CONFIG_FILE", "/dev/null")):
+        monkeypatch.setenv(f"PIP_{option}", value)
+    monkeypatch.setattr(emulator, "_requirements", lambda: list(wheels.HASHES))
+    with pytest.raises(EmulatorError, match="DO NOT MATCH THE HASHES"):
+        emulator._download(folder)
+    assert not list(folder.glob("*.whl"))
+
+
+def test_wheels_of_unknown_versions_are_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(emulator, "_requirements", lambda: ["apache-tvm==0.27.99"])
+    with pytest.raises(EmulatorError, match=r"no hash of a wheel of apache-tvm==0\.27\.99 is known: install apache-tvm=="):
+        emulator._download(tmp_path)
+
+
+def test_hashes_are_known_for_the_versions_that_are_installed() -> None:
+    assert set(emulator._requirements()) <= set(wheels.HASHES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,35 @@ def test_things_that_are_not_models() -> None:
         import_model(lambda x: x, (X,))  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="GraphModule"):
         import_fx(nn.ReLU(), (X,))  # type: ignore[arg-type]
+
+
+ODD_KEYS: list[tuple[Any, ...]] = [
+    (0.5, 0.25),
+    (None, "a"),
+    ((1, 2), 3),
+    (True, (1,)),
+    (True, False),
+    (torch.int8, torch.float32),
+]
+
+
+@pytest.mark.parametrize("keys", ODD_KEYS, ids=str)
+def test_keys_that_cannot_be_saved_are_named(keys: tuple[Any, ...]) -> None:
+    first, second = keys
+    said = [
+        refused(ModelError, lambda x: {first: x + 1, second: x}),
+        refused(ModelError, lambda x: (x, [OrderedDict([(first, x), (second, x + 1)])])),
+        refused(ModelError, lambda x, d: x + d["d"][first], X, {"d": {first: X, second: X}}),
+    ]
+    assert [error.where for error in said] == ["output", "output[1][0]", "input 1['d']"]
+    assert all(f"has the key {first!r}" in error.what for error in said)
+
+
+def test_keys_and_containers_that_are_supported() -> None:
+    given = defaultdict(list, {"a": X, 1: X}), deque([X, X])
+    imported = import_model(Function(lambda d, q: {2: d["a"] + d[1], "b": q[0] + q[1]}).eval(), given)
+    assert imported.out_spec.keys == (2, "b")
+    assert len(imported.flatten_inputs(given)) == 4
 
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {

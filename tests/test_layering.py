@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from paring.passes.base import Pass
+from paring.passes.contract import Lossy
+from paring.passes.pipelines import PIPELINES, parse_pipeline, pipeline
 
 try:
     import tomllib
@@ -170,20 +175,93 @@ def test_files_and_functions_are_small() -> None:
 
 
 def environment_reads(tree: ast.AST) -> Iterator[str]:
-    """Names read through os.environ or os.getenv; handing the whole environment to a child process is none."""
+    """Names read through os.environ or os.getenv, `?` for one that is not written there.
+
+    Handing the whole environment to a child process is none, and neither is remembering a value to put it back.
+    """
+    restored = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and _restores(n)]
+    own = {id(node) for function in restored for node in ast.walk(function)}
     for node in ast.walk(tree):
         match node:
-            case ast.Subscript(value=ast.Attribute(attr="environ"), slice=ast.Constant(value=name), ctx=ast.Load()):
-                yield str(name)
-            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="get"), args=[name, *_]):
-                yield ast.unparse(name)
+            case ast.Subscript(value=ast.Attribute(attr="environ"), slice=name, ctx=ast.Load()):
+                pass
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="environ"), attr="get" | "pop"), args=[name, *_]):
+                pass
             case ast.Call(func=ast.Attribute(attr="getenv"), args=[name, *_]):
-                yield ast.unparse(name)
+                pass
+            case _:
+                continue
+        if id(node) not in own or isinstance(name, ast.Constant):
+            yield str(name.value) if isinstance(name, ast.Constant) else "?"
+
+
+def _restores(function: ast.AST) -> bool:
+    """Whether a function sets variables that it also reads: `os.environ[name] = value` for a name that is not written there."""
+    for node in ast.walk(function):
+        match node:
+            case ast.Subscript(value=ast.Attribute(attr="environ"), slice=ast.Name(), ctx=ast.Store()):
+                return True
+    return False
 
 
 def test_there_are_few_environment_variables() -> None:
-    found = {name.strip("'\"") for path in SOURCES for name in environment_reads(TREES[path])}
+    found = {name for path in SOURCES for name in environment_reads(TREES[path])}
+    assert "?" not in found, "a variable's name is written where it is read"
     assert len(found) <= MAX_ENVIRONMENT_VARIABLES, sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("os.environ['A'] + os.getenv('B', '') + os.environ.get('C')", {"A", "B", "C"}),
+        ("os.environ.get(name)", {"?"}),
+        ("os.environ[name]", {"?"}),
+        ("def f():\n    old = os.environ.get(name)\n    os.environ[name] = old", set()),
+        ("def f():\n    old = os.environ.get('A')\n    os.environ[name] = old", {"A"}),
+        ("run(env={**os.environ})", set()),
+    ],
+)
+def test_reads_of_the_environment_are_seen(code: str, names: set[str]) -> None:
+    assert set(environment_reads(ast.parse(code))) == names
+
+
+def makes_lossy(tree: ast.AST) -> list[ast.Call]:
+    """Where a Lossy contract is made."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [c for c in calls if (c.func.id if isinstance(c.func, ast.Name) else getattr(c.func, "attr", "")) == "Lossy"]
+
+
+def is_lossy(cls: type[Pass]) -> bool:
+    return isinstance(cls.contract, Lossy)
+
+
+def test_lossy_passes_live_in_compress_and_run_only_if_asked_for() -> None:
+    home = {ROOT / "passes" / "contract.py", *(ROOT / "passes" / "compress").rglob("*.py")}
+    assert not [place(path, call) for path in SOURCES if path not in home for call in makes_lossy(TREES[path])]
+    known = {module_of(path) for path in home}
+    assert not [cls for cls in all_passes() if is_lossy(cls) and cls.__module__ not in known]
+    assert not [name for name in PIPELINES if any(is_lossy(type(p)) for p in own_pipeline(name))]
+
+
+def all_passes() -> list[type[Pass]]:
+    """Every pass that the package has, in a table or not."""
+    for path in SOURCES:
+        if folder_of(path) == "passes":
+            importlib.import_module(module_of(path))
+    found, pending = [], [Pass]
+    while pending:
+        found.append(pending.pop())
+        pending += found[-1].__subclasses__()
+    return [cls for cls in found if cls.__module__.startswith("paring.passes.")]
+
+
+def own_pipeline(name: str) -> tuple[Pass, ...]:
+    return parse_pipeline(pipeline(name, {"block": 8, "group": 4}))
+
+
+@pytest.mark.parametrize("code", ["contract = Lossy('accuracy', 0.1)", "Rule(p, f, contracts.Lossy('a', 1.0))"])
+def test_a_lossy_contract_is_seen(code: str) -> None:
+    assert len(makes_lossy(ast.parse(code))) == 1
 
 
 def test_no_global_statement_and_no_registry_filled_elsewhere() -> None:

@@ -13,6 +13,7 @@ import tvm
 
 from paring.backends.families import lower_region
 from paring.backends.kernel import tvm_target
+from paring.backends.lowering import LOWERINGS
 from paring.backends.targets import TARGETS, Target, missing_flags
 from paring.ir import OPS, Graph, Input, Node, interpret, magnitude_bound
 from paring.ir.op import Array, Op
@@ -224,6 +225,10 @@ def kernels_for(target: Target) -> Kernels:
 def describe(graph: Graph) -> str:
     node = graph.outputs[0]
     return f"{node.op} on {', '.join(str(i.type) for i in graph.inputs)}"
+
+
+def test_every_operator_has_a_lowering() -> None:
+    assert {cls.__name__ for cls in COMPUTING} == {cls.__name__ for cls in LOWERINGS}
 
 
 @pytest.mark.parametrize("target", HOST, ids=lambda t: t.name)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paring.backends.memory import ALIGNMENT, Plan, aligned, as_kernel, overwritable, peak_activation_bytes, plan, root
+from paring.backends.memory import ALIGNMENT, Plan, aligned, as_kernel, overwritable, plan
 from paring.ir.graph import Graph, Node
 from paring.ir.interpreter import interpret
+from paring.ir.liveness import peak_activation_bytes, root
 from paring.ir.ops.binary import Add, Less, Mul, Where
 from paring.ir.ops.core import Const, Input, Region
 from paring.ir.ops.reduce import Sum
@@ -251,6 +252,7 @@ def test_peak_of_activations() -> None:
     y = Node(Add(), (h, x))
     assert peak_activation_bytes(Graph((x,), (y,))) == 3 * 64
     assert peak_activation_bytes(Graph((x,), (x,))) == 64
+    assert peak_activation_bytes(Graph((x, variable(16, label="unread")), (x,))) == 2 * 64
     assert peak_activation_bytes(Graph((), (Node(Const(np.zeros(3, "float32"))),))) == 0
     assert root(chain(Reshape((4, 4)), Reshape((2, 8)), start=x)) is x
 

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from paring.frontends.oracle import ratios, reference
+from paring.frontends.oracle import TORCH_FACTOR, ratios, reference
 from paring.frontends.torch_export import import_model
 from paring.ir import interpret
 from paring.ir.errors import ModelError, UnsupportedOpsError
@@ -138,7 +138,7 @@ def disagreements(calls: Sequence[tuple[Any, list[Any], Any]]) -> dict[str, floa
     with torch.no_grad():
         results, _ = pytree.tree_flatten_with_path(model(*tensors))
     paths = [pytree.keystr(path) for path, leaf in results if isinstance(leaf, torch.Tensor)]
-    return {path: ratio for path, ratio in zip(paths, found, strict=True) if not ratio <= 1}
+    return {path: ratio for path, ratio in zip(paths, found, strict=True) if not ratio <= TORCH_FACTOR}
 
 
 def listed(table: dict[str, str]) -> set[str]:

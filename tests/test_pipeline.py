@@ -13,14 +13,27 @@ from safetensors.numpy import load_file
 from paring.ir import Graph, Input, Node, interpret, parse, same, show
 from paring.ir.errors import ArgumentError, IRTypeError, ParingError, ParseError
 from paring.ir.op import Array
-from paring.ir.ops import binary, shape, unary
+from paring.ir.ops import binary, conv, pool, shape, unary
 from paring.ir.verify import verify
 from paring.passes.base import Pass
-from paring.passes.contract import Close, Exact, Lossy, allowed_ulps, compose, difference
+from paring.passes.contract import (
+    Close,
+    Contract,
+    Exact,
+    Lossy,
+    Steps,
+    allowed_ulps,
+    compose,
+    difference,
+    parse_contract,
+    weakest,
+)
+from paring.passes.ledger import Ledger
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pattern import Match, Rule, any_, op
 from paring.passes.pipelines import LOSSY, PASSES, PIPELINES, parse_pipeline, pipeline, show_pipeline
 from paring.passes.rewriter import Context, apply_rules
+from paring.passes.util import constant
 from paring.testing import check_round_trip, random_graph, random_inputs
 
 pytestmark = pytest.mark.fast
@@ -35,7 +48,7 @@ def equal(a: Array, b: Array) -> bool:
 
 
 def blocked(block: int) -> tuple[Pass, ...]:
-    return parse_pipeline(pipeline("blocked", {"block": block}))
+    return parse_pipeline(pipeline("blocked", {"block": block, "group": 4}))
 
 
 def run_checked(graph: Graph, block: int, *, every: bool = True) -> Result:
@@ -117,7 +130,7 @@ def test_a_second_run_changes_nothing_more() -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_reads_back(name: str) -> None:
-    passes = parse_pipeline(pipeline(name, {"block": 8}))
+    passes = parse_pipeline(pipeline(name, {"block": 8, "group": 4}))
     assert parse_pipeline(show_pipeline(passes)) == passes
     assert len(passes) == len(PIPELINES[name])
 
@@ -126,8 +139,15 @@ def test_a_pipeline_reads_back(name: str) -> None:
 def test_a_pass_prints_its_name_and_says_what_it_does(cls: type[Pass]) -> None:
     assert str(cls()) == cls.name
     assert cls.summary().endswith(".")
-    assert isinstance(cls.contract, Exact | Close), "lossy passes live in passes/compress"
+    assert isinstance(cls.contract, Exact | Close | Steps), "lossy passes live in passes/compress"
     assert not cls.lossy
+
+
+def test_the_contract_of_a_pass_is_the_weakest_of_its_rules() -> None:
+    for transformation in parse_pipeline(("decompose{attention=True}", *PASSES)):
+        rules = transformation.rules()
+        if rules and str(transformation) != "decompose":
+            assert transformation.contract == weakest([rule.contract for rule in rules]), str(transformation)
 
 
 @pytest.mark.parametrize("cls", LOSSY.values(), ids=LOSSY)
@@ -164,9 +184,32 @@ def test_an_unknown_pipeline_is_refused() -> None:
 # --- contracts ------------------------------------------------------------------------------------------------------
 
 
+CONTRACTS = (
+    *(Exact(), Exact(finite=True), Close(0), Close(4), Close(0.5, finite=True), Lossy("accuracy", 0.1)),
+    *(Steps(1), Steps(2, 4), Steps(1, 0.5, finite=True)),
+)
+
+
+@pytest.mark.parametrize("contract", CONTRACTS, ids=str)
+def test_a_contract_reads_back(contract: Contract) -> None:
+    assert parse_contract(str(contract)) == contract
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Exactly", "Close()", "Close(x)", "Close(1) for", "Steps(0.5)", "Lossy(a, 1) for finite values"]
+)
+def test_what_is_no_contract_is_refused(text: str) -> None:
+    with pytest.raises(ParseError, match="is not a contract"):
+        parse_contract(text)
+
+
 def test_promises_add_up() -> None:
     assert compose([]) == Exact()
     assert compose([Exact(), Close(2), Close(3)]) == Close(5)
+    assert compose([Exact(finite=True), Close(2)]) == Close(2, finite=True)
+    assert compose([Exact(finite=True), Exact()]) == Exact(finite=True)
+    assert compose([Steps(1), Close(2), Steps(1, 4)]) == Steps(2, 6)
+    assert weakest([Steps(1), Close(2), Steps(1, 4, finite=True)]) == Steps(1, 4, finite=True)
     assert compose([Close(2), Lossy("accuracy", 0.1), Lossy("accuracy", 0.2)]) == Lossy("accuracy", pytest.approx(0.3))
 
 
@@ -176,6 +219,17 @@ def test_the_ledger_promises_what_fired() -> None:
     assert run_pipeline(graph, parse_pipeline("canonicalize")).ledger.contract == Close(2)
     kept = Graph((x,), (Node(unary.Neg(), (Node(unary.Neg(), (x,)),)),))
     assert run_pipeline(kept, parse_pipeline("canonicalize")).ledger.contract == Exact()
+
+
+def test_what_holds_for_finite_values_only_is_promised_where_it_fired() -> None:
+    x = Node(Input("x", "float32", (1, 2, 3, 3)))
+    weight = constant(np.ones((2, 1, 2, 2), "float32"))
+    layer = Node(conv.ConvTranspose2d(stride=(2, 2)), (x, weight))
+    for output, promise in ((layer, Close(1, finite=True)), (Node(pool.AdaptiveAvgPool2d((1, 1)), (x,)), Close(1))):
+        ledger = run_pipeline(Graph((x,), (output,)), parse_pipeline("decompose, dce")).ledger
+        assert ledger.contract == promise
+        assert Ledger.from_json(json.loads(json.dumps(ledger.as_json()))) == ledger
+        assert str(promise) in str(ledger)
 
 
 # --- rewriting ------------------------------------------------------------------------------------------------------

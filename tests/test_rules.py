@@ -13,15 +13,11 @@ from paring.ir.errors import ParingError
 from paring.passes.base import Pass
 from paring.passes.pattern import Rule
 from paring.passes.pipelines import PASSES, parse_pipeline
-from paring.testing import LANES, Plant, check_pass
+from paring.testing import Plant, check_pass
 
 pytestmark = pytest.mark.fast
 
 TRIALS = 60
-FINITE = LANES[:2]
-# What is promised for finite values only. Attention over keys that all score -inf gives zeros, the softmax that spells it out
-# gives NaN. The phases of a transposed convolution that have fewer taps are filled up with zeros.
-LANES_OF = {"spell-out-attention": FINITE, "transposed-conv-to-conv": FINITE}
 
 
 def each_rule() -> list[tuple[str, Rule, Plant]]:
@@ -71,7 +67,7 @@ def test_every_rule_states_its_formula() -> None:
 
 @pytest.mark.parametrize(("rule", "plant"), [e[1:] for e in EACH], ids=[e[0] for e in EACH])
 def test_a_rule_keeps_its_contract(rule: Rule, plant: Plant, trials: int) -> None:
-    report = check_pass(rule, plant=plant, trials=trials, size=4, lanes=LANES_OF.get(rule.name, LANES))
+    report = check_pass(rule, plant=plant, trials=trials, size=4)
     assert report.fired >= 50
 
 
@@ -85,14 +81,14 @@ def test_a_wrong_rule_is_found_out(rule: Rule, plant: Plant) -> None:
 @pytest.mark.parametrize("text", PASS_PLANTERS)
 def test_a_pass_keeps_its_contract(text: str, trials: int) -> None:
     (transformation,) = parse_pipeline(text)
-    report = check_pass(transformation, plant=PASS_PLANTERS[text], trials=trials, size=6, lanes=LANES_OF.get(text, LANES))
+    report = check_pass(transformation, plant=PASS_PLANTERS[text], trials=trials, size=6)
     assert report.fired >= 50
 
 
 @pytest.mark.parametrize(("text", "wrong"), [w[1:] for w in WRONG_RUNS], ids=[w[0] for w in WRONG_RUNS])
 def test_a_wrong_pass_is_found_out(text: str, wrong: Pass) -> None:
     with pytest.raises(ParingError) as caught:
-        check_pass(wrong, plant=PASS_PLANTERS[text], trials=80, size=6, lanes=FINITE, shrinking=False)
+        check_pass(wrong, plant=PASS_PLANTERS[text], trials=80, size=6, shrinking=False)
     assert "vacuous" not in str(caught.value)
 
 
@@ -100,7 +96,7 @@ def test_passes_made_of_rules_keep_their_contracts() -> None:
     for text, rules in RULES.items():
         (transformation,) = parse_pipeline(text)
         plants = [plant for rule in rules for plant in PLANTERS[rule.name]]
-        check_pass(transformation, plant=plants, trials=60, size=4, lanes=FINITE)
+        check_pass(transformation, plant=plants, trials=60, size=4)
 
 
 def test_a_vacuous_test_is_an_error() -> None:

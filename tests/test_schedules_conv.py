@@ -213,3 +213,23 @@ def test_knobs_fit_the_registers(name: str) -> None:
     assert anchor is not None
     knobs = conv.knobs(anchor, target)
     assert knobs.columns * knobs.blocks * (target.block // target.lanes) < target.registers
+
+
+@pytest.mark.parametrize("name", X86)
+@pytest.mark.parametrize(("inner", "outer"), [(0, 3), (5, 0), (3, 6), (1, 1)])
+def test_what_lies_beyond_the_plain_channels_does_not_matter(name: str, inner: int, outer: int) -> None:
+    """Weights, bias and image that are not zero there: they are not read, and the result is zero."""
+    target = native(name)
+    b = target.block
+    x, w, bias = inputs((1, 2, 5, 4, b), (2, 2, 3, 3, b, b), (2 * b,))
+    layout = f"NCHW{b}c"
+    op = Conv2d(
+        padding=((1, 1), (1, 1)),
+        layout=layout,
+        out_layout=layout,
+        weight_layout=f"OIHW{b}i{b}o",
+        in_channels=b + inner if inner else 0,
+        out_channels=b + outer if outer else 0,
+    )
+    graph = Graph((x, w, bias), (Node(op, (x, w, bias)),))
+    check([graph], target, conv)

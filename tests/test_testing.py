@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from paring.ir.errors import ContractError
 from paring.ir.ops import binary, unary
 from paring.ir.verify import verify
 from paring.passes.base import Pass
-from paring.passes.contract import Exact
+from paring.passes.contract import Close, Exact
 from paring.passes.pattern import Match, Pattern, Rule, any_, op
 from paring.passes.rewriter import Context
 from paring.passes.util import constant, splat_value
@@ -69,6 +71,13 @@ def test_a_wrong_rule_is_shown_by_a_small_graph(operation: binary.Binary, value:
     text = str(caught.value)
     assert "trial" in text
     assert text.count("(%") - text.count("graph(%") <= 2, text
+
+
+def test_special_values_are_left_out_where_the_contract_is_for_finite_ones() -> None:
+    for finite, faults in ((False, pytest.raises(ContractError, match="special values")), (True, nullcontext())):
+        rule = Rule(op(binary.Mul, X, splat(0.0)), to_zeros, Close(1, finite))
+        with faults:
+            check_pass(rule, plant=plant(binary.Mul(), 0.0), trials=70, size=4)
 
 
 class SwapsOutputs(Pass):

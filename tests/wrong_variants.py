@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import wrong_qdq
 
 from paring.ir import Graph, Node, Region
 from paring.ir.ops import attention, binary, linear, norm, pack, pool, reduce, shape, unary
@@ -482,5 +483,6 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
     "fold-packing": (packs_reversed, pads_with_ones),
     "pack-linear": (_packed(4, True, True), _packed(4, False, False)),
     "gate-to-weights": (_gated_weights(gate_outputs=True), _gated_weights(gate_outputs=False)),
+    **wrong_qdq.WRONG,
 }
 """By rule: rewrites to put in place of the right one."""

@@ -32,12 +32,13 @@ def _window(kernel: Kernel, node: Node, index: Index, tap: tuple[Any, ...], fill
 @by_lane
 def max_pool2d(kernel: Kernel, node: Node, index: Index) -> Value:
     scalar_only(index[2:4])
-    dtype = node.type.dtype
+    dtype, is_float = node.type.dtype, node.type.is_float
+    least = -np.inf if is_float else int(np.iinfo(dtype).min)
 
     def step(state: tuple[Value, ...], tap: tuple[Any, ...]) -> list[Value]:
-        return [greater(bind(_window(kernel, node, index, tap, -np.inf)), state[0], True)]
+        return [greater(bind(_window(kernel, node, index, tap, least)), state[0], is_float)]
 
-    return fold(kernel, node.op.kernel, [(dtype, constant(-np.inf, dtype, lanes_of(index)))], step)[0]
+    return fold(kernel, node.op.kernel, [(dtype, constant(least, dtype, lanes_of(index)))], step)[0]
 
 
 @by_lane

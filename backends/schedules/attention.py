@@ -168,7 +168,7 @@ class Head:
             for r in range(rows):
                 q = kernel.value(self.anchor.inputs[0], (*self.at, start + r, e))
                 for v in range(vectors):
-                    sums.add_product(r, v, q, keys[v])
+                    sums.add(r, v, q, keys[v])
         for r in range(rows):
             for v in range(vectors):
                 kernel.store(self.scores, Lanes(r * self.padded + (vector + v) * lanes, lanes), sums.value(r, v))
@@ -229,7 +229,7 @@ class Head:
             for r in range(rows):
                 share = kernel.load(self.scores, r * self.padded + s)
                 for v in range(vectors):
-                    sums.add_product(r, v, share, values[v])
+                    sums.add(r, v, share, values[v])
         for r in range(rows):
             for v in range(vectors):
                 self._write(sums.registers[r][v], start + r, kernel.load(self.inverses, r), (column + v) * lanes)

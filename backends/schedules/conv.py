@@ -14,6 +14,7 @@ from math import prod
 from tvm import tirx
 
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, flatten
+from paring.backends.schedules.dot import dot_for
 from paring.backends.schedules.tiles import (
     CHAINS,
     Accumulators,
@@ -77,14 +78,15 @@ class Shape:
         op = node.op
         assert isinstance(op, Conv2d)
         x, w = (operand.type.shape for operand in node.inputs[:2])
-        n, blocks, oh, ow, _ = node.type.shape
+        n, blocks, oh, ow, b = node.type.shape
+        block_in, _ = lay.weight_blocks(op.weight_layout) or (1, 1)
         height, width, (top, left) = x[2], x[3], (side[0] for side in op.padding)
         if w[2:4] == (1, 1) and op.stride == (1, 1) and (oh, ow) == (height, width):
             oh, ow, height, width = 1, oh * ow, 1, height * width
         kernel = (w[2], w[3])
         blocks //= op.groups
-        inner, outer = op.in_channels or w[1] * w[4], op.out_channels or blocks * w[5]
-        size, place = (w[4], w[5], height, width, oh, ow, kernel), (op.stride, op.dilation, top, left)
+        inner, outer = op.in_channels or w[1] * block_in, op.out_channels or blocks * b
+        size, place = (block_in, b, height, width, oh, ow, kernel), (op.stride, op.dilation, top, left)
         return Shape(n, op.groups, inner, w[1], outer, blocks, *size, *place)
 
     @property
@@ -93,16 +95,9 @@ class Shape:
         last = (self.out_height - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] - self.top
         return self.top > 0 or last >= self.height
 
-    def widths(self, first: int, blocks: int) -> tuple[int, ...]:
-        """Lanes to compute of some output blocks: of one that is half padding, half of them, and so on."""
-
-        def lanes(block: int) -> int:
-            used, width = self.out_channels - block * self.block, self.block
-            while width % 2 == 0 and width // 2 >= max(used, NARROW):
-                width //= 2
-            return width
-
-        return tuple(map(lanes, range(first, first + blocks)))
+    def used(self, first: int, blocks: int) -> tuple[int, ...]:
+        """How many lanes of some output blocks are not padding."""
+        return tuple(min(self.block, self.out_channels - block * self.block) for block in range(first, first + blocks))
 
     def taps(self, start: int, width: int) -> Taps:
         """For a tile of `width` output columns from `start`."""
@@ -122,12 +117,14 @@ def find(body: Graph, target: Target) -> Node | None:
     node = only_anchor(body, Conv2d)
     if node is None:
         return None
-    op, b = node.op, target.block
+    op, b, dot = node.op, target.block, dot_for(node.inputs[0].type.dtype, target)
     assert isinstance(op, Conv2d)
     blocks, block_in = lay.weight_blocks(op.weight_layout), lay.channel_block(op.layout)
-    if op.algorithm != "direct" or blocks is None:
+    if op.algorithm != "direct" or blocks is None or dot is None:
         return None
-    if lay.channel_block(op.out_layout) != b or blocks != (block_in or 1, b) or block_in not in (None, b):
+    if lay.channel_block(op.out_layout) != b or blocks != (block_in or 1, b) or block_in not in (None, dot.depth, b):
+        return None
+    if dot.depth > 1 and lay.weight_tail(op.weight_layout)[2:] != (dot.depth,):
         return None
     weight = node.inputs[1].type.shape
     return node if weight[1] and weight[0] % op.groups == 0 else None
@@ -135,8 +132,9 @@ def find(body: Graph, target: Target) -> Node | None:
 
 def knobs(node: Node, target: Target) -> ConvKnobs:
     """The default settings: two channel blocks where the reduction is long and twice their weights fit the cache."""
-    shape = Shape.of(node)
-    depth = shape.in_channels * shape.kernel[0] * shape.kernel[1]
+    shape, dot = Shape.of(node), dot_for(node.inputs[0].type.dtype, target)
+    assert dot is not None
+    depth = -(-shape.in_channels // dot.depth) * shape.kernel[0] * shape.kernel[1]
     if overlaps(target, depth):
         columns, blocks = tile_height(target, shape.block, 2), 1
     else:
@@ -156,7 +154,7 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
     """Write the loops of a region around that convolution."""
     shape = Shape.of(anchor)
     columns = runs(balanced(shape.out_width, knobs.columns), shape.taps)
-    channels = runs(balanced(shape.out_blocks, knobs.blocks), shape.widths)
+    channels = runs(balanced(shape.out_blocks, knobs.blocks), shape.used)
     # Channels before pixels: the weights of a tile stay in the cache while they are used. Large ones serve all images at once.
     order = (1, 2, 0, 3, 4) if anchor.inputs[1].type.size * shape.images > anchor.inputs[0].type.size else (0, 1, 2, 3, 4)
     order = (0, 1, 3, 4, 2) if knobs.pixels_first else order
@@ -176,6 +174,13 @@ def emit(kernel: Kernel, anchor: Node, knobs: ConvKnobs) -> None:
         dispatch(kernel, channel, channels, at_channel)
 
 
+def computed(used: int, block: int) -> int:
+    """Lanes to compute of a block: half of them where half is padding, and so on."""
+    while block % 2 == 0 and block // 2 >= max(used, NARROW):
+        block //= 2
+    return block
+
+
 def kernel_rows(kernel: Kernel, shape: Shape, y: Scalar) -> tuple[Scalar, Scalar]:
     """The range of kernel rows that meet the image in output row y; empty where none does."""
     if not shape.padded_rows:
@@ -189,9 +194,24 @@ def kernel_rows(kernel: Kernel, shape: Shape, y: Scalar) -> tuple[Scalar, Scalar
     return low, kernel.bind(tirx.max(low, tirx.min(shape.kernel[0], high)))
 
 
+@dataclass(frozen=True)
+class _Step:
+    """`count` channels from `channel` on of input block `ci`, at row `kh` and tap `first` + `tap` of the kernel.
+
+    Steps may run on from the last channel of a tap into the next tap: there the next pixel and its weights lie.
+    """
+
+    ci: Scalar
+    kh: Scalar
+    first: int
+    tap: Scalar
+    channel: Scalar
+    count: int
+
+
 @dataclass
 class _Tile:
-    """One register tile: `tile.width` columns, channel blocks of `widths` lanes; at = (n, group, first block, y, x).
+    """One register tile: `tile.width` columns, channel blocks of `used` lanes; at = (n, group, first block, y, x).
 
     It is number `turn` of the `turns` tiles that use the same weights.
     """
@@ -200,7 +220,7 @@ class _Tile:
     anchor: Node
     shape: Shape
     at: tuple[Scalar, ...]
-    widths: tuple[int, ...]
+    used: tuple[int, ...]
     tile: Run
     turn: Scalar
     turns: int
@@ -208,16 +228,23 @@ class _Tile:
     def emit(self) -> None:
         k, s = self.kernel, self.shape
         self.n, self.group, first, self.y, self.x = self.at
-        self.sums = Accumulators(k, self.tile.width, self.widths)
+        self.widths = tuple(computed(lanes, s.block) for lanes in self.used)
+        op = self.anchor.op
+        assert isinstance(op, Conv2d)
+        dot = dot_for(self.anchor.inputs[0].type.dtype, k.target)
+        assert dot is not None
+        self.dot, self.padding = dot, dot.fill(op.pad_value) if op.pad_value or dot.uniform else None
+        self.sums = Accumulators(k, self.tile.width + dot.uniform, self.widths, dot)
         self.channel = k.bind(self.group * s.out_blocks + first)
         bias = self.anchor.inputs[2:]
         for j, lanes in enumerate(self.widths):
-            self.sums.start(j, k.value(bias[0], (Lanes((self.channel + j) * s.block, lanes),)) if bias else None)
+            value = k.value(bias[0], (Lanes((self.channel + j) * s.block, lanes),)) if bias else None
+            self.sums.start(j, value, zero_from=self.tile.width)
         low, high = kernel_rows(k, s, self.y)
-        weights, slab = k.buffers[self.anchor.inputs[1]], s.in_blocks * s.kernel[0] * s.kernel[1] * s.block_in * s.block
+        slab = s.in_blocks * s.kernel[0] * s.kernel[1] * s.block_in * s.block
         blocks = len(self.widths)
-        next_slab = (self.channel + blocks) * slab
-        ahead = Ahead.of(k, weights, next_slab, slab * blocks if self.turns > 1 else 0, self.turns * s.in_blocks)
+        share = slab * blocks if self.turns > 1 else 0
+        ahead = Ahead.of(k, self.anchor.inputs[1], (self.channel + blocks) * slab, share, self.turns * s.in_blocks)
         whole, rest = divmod(s.in_channels, s.block_in)
         if whole:
             with k.loop(whole) as ci:
@@ -230,26 +257,45 @@ class _Tile:
     def _sum(self, i: int, j: int) -> Value:
         """One vector of the result, zeros where its block is padding."""
         value, lanes = self.sums.value(i, j), self.widths[j]
-        if lanes == self.shape.block:
+        if self.dot.uniform:
+            value = value - self.sums.value(self.tile.width, j)
+        block, used = self.shape.block, self.used[j]
+        if used == block:
             return value
-        places = [tirx.const(place, "int32") for place in range(self.shape.block)]
-        return tirx.Shuffle([value, constant(0, self.sums.dtype, self.shape.block - lanes)], places)
+        # Lanes from `lanes` on are zeros of the second operand: those of the padding take the first of them.
+        zeros = constant(0, self.sums.dtype, max(block - lanes, NARROW))
+        return tirx.Shuffle([value, zeros], [tirx.const(i if i < used else lanes, "int32") for i in range(block)])
 
-    def _accumulate(self, ci: Scalar, low: Scalar, high: Scalar, lanes: int) -> None:
-        """All taps of the kernel rows [low, high) over the first `lanes` of a block of input channels."""
+    def _accumulate(self, ci: Scalar, low: Scalar, high: Scalar, channels: int) -> None:
+        """All taps of the kernel rows [low, high) over the first `channels` of a block of input channels."""
         k, s = self.kernel, self.shape
         if s.block_in == 1:
             # The rows are innermost: their number is not static, so LLVM does not unroll the taps and spill what they share.
             for taps, reached in self._strips():
                 with k.loop(len(taps)) as tap, k.loop(high, start=low) as kh:
-                    self._multiply(ci, kh, taps.start, tap, 0, reached)
+                    self._multiply(_Step(ci, kh, taps.start, tap, 0, 1), reached)
             return
         with k.loop(high, start=low) as kh:
             for taps, reached in self._strips():
-                # Neighbouring taps read neighbouring pixels and weights, so without dilation one loop runs over all of them.
-                inner = lanes * (len(taps) if s.dilation[1] == 1 and lanes == s.block_in else 1)
-                with k.loop(len(taps) * lanes // inner) as tap, k.loop(inner) as lane:
-                    self._multiply(ci, kh, taps.start, tap, lane, reached)
+                self._taps(ci, kh, taps, reached, channels)
+        if self.padding is not None and s.padded_rows:
+            for start, stop in ((0, low), (high, s.kernel[0])):
+                with k.loop(stop, start=start) as kh:
+                    self._taps(ci, kh, range(s.kernel[1]), range(0), channels)
+
+    def _taps(self, ci: Scalar, kh: Scalar, taps: range, reached: range, channels: int) -> None:
+        """Neighbouring taps of one kernel row."""
+        k, s, depth = self.kernel, self.shape, self.dot.depth
+        whole, rest = divmod(channels, depth)
+        # Neighbouring taps read neighbouring pixels and weights, so without dilation one loop runs over all of them.
+        joined = s.dilation[1] == 1 and channels == s.block_in
+        inner = whole * (len(taps) if joined else 1)
+        if whole:
+            with k.loop(len(taps) * whole // inner) as tap, k.loop(inner) as step:
+                self._multiply(_Step(ci, kh, taps.start, tap, step * depth, depth), reached)
+        if rest:
+            with k.loop(len(taps)) as tap:
+                self._multiply(_Step(ci, kh, taps.start, tap, whole * depth, rest), reached)
 
     def _strips(self) -> list[tuple[range, range]]:
         """Neighbouring taps that reach the same columns of the tile, with these columns."""
@@ -257,25 +303,35 @@ class _Tile:
         for reached, same in groupby(self.tile.kind):
             taps = range(tap, tap + len(list(same)))
             tap = taps.stop
-            if reached:
+            if reached or self.padding is not None:
                 strips.append((taps, reached))
         return strips
 
-    def _multiply(self, ci: Scalar, kh: Scalar, first: int, tap: Scalar, lane: Scalar, reached: range) -> None:
-        """One input channel, number `lane` of its block, at tap first + `tap` of a kernel row; lanes run on into the next tap."""
-        k, s = self.kernel, self.shape
+    def _multiply(self, step: _Step, reached: range) -> None:
+        """One step of the reduction, in the columns that it reaches; padding counts where it is not zero."""
+        k, s, dot = self.kernel, self.shape, self.dot
         x, w = (k.buffers[operand] for operand in self.anchor.inputs[:2])
-        row = self.y * s.stride[0] - s.top + kh * s.dilation[0]
-        plane = (self.n * s.groups + self.group) * s.in_blocks + ci
-        origin = k.bind(((plane * s.height + row) * s.width + self.x * s.stride[1] + tap * s.dilation[1]) * s.block_in + lane)
-        position = ((self.channel * s.in_blocks + ci) * s.kernel[0] + kh) * s.kernel[1] + first + tap
-        weights = k.bind((position * s.block_in + lane) * s.block)
+        row = self.y * s.stride[0] - s.top + step.kh * s.dilation[0]
+        plane = (self.n * s.groups + self.group) * s.in_blocks + step.ci
+        column = self.x * s.stride[1] + step.tap * s.dilation[1]
+        origin = k.bind(((plane * s.height + row) * s.width + column) * s.block_in + step.channel)
+        position = ((self.channel * s.in_blocks + step.ci) * s.kernel[0] + step.kh) * s.kernel[1] + step.first + step.tap
+        weights = k.bind((position * s.block_in + step.channel) * s.block)
         between = s.in_blocks * s.kernel[0] * s.kernel[1] * s.block_in * s.block
-        vectors = [k.bind(k.load(w, Lanes(weights + j * between, lanes))) for j, lanes in enumerate(self.widths)]
-        for i in reached:
-            pixel = k.load(x, origin + (i * s.stride[1] - s.left + first * s.dilation[1]) * s.block_in)
+        vectors = [dot.weights(k, w, weights + j * between, lanes) for j, lanes in enumerate(self.widths)]
+        for i in range(self.tile.width):
+            if i in reached:
+                offset = origin + (i * s.stride[1] - s.left + step.first * s.dilation[1]) * s.block_in
+                pixel = dot.pixel(k, x, offset, step.count)
+            elif self.padding is not None:
+                pixel = self.padding
+            else:
+                continue
             for j, vector in enumerate(vectors):
-                self.sums.add_product(i, j, pixel, vector)
+                self.sums.add(i, j, pixel, vector)
+        if dot.uniform:
+            for j, vector in enumerate(vectors):
+                self.sums.add(self.tile.width, j, dot.fill(0), vector)
 
     def _index(self, i: Scalar, j: int) -> tuple[object, ...]:
         """Of one vector of the tile in the anchor's result."""

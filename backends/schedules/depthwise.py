@@ -6,10 +6,12 @@ the taps that read it. Borders as in `conv`: no tap runs outside the image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paring.backends.kernel import Kernel, Lanes, Scalar
+from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant
 from paring.backends.schedules.conv import Shape, kernel_rows
+from paring.backends.schedules.dot import Dot
 from paring.backends.schedules.tiles import (
     Accumulators,
     Block,
@@ -24,6 +26,7 @@ from paring.backends.schedules.tiles import (
     tile_height,
 )
 from paring.backends.targets import Target
+from paring.backends.vecmath import cast
 from paring.ir import layout as lay
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.conv import Conv2d
@@ -72,27 +75,44 @@ def emit(kernel: Kernel, anchor: Node, knobs: DepthwiseKnobs) -> None:
 def _tile(kernel: Kernel, anchor: Node, shape: Shape, at: tuple[Scalar, ...], tile: Run) -> None:
     """One register tile: `tile.width` columns from x of row y of one channel block; at = (n, block, y, x)."""
     n, block, y, x = at
-    lanes = shape.block
-    sums = Accumulators(kernel, tile.width, [lanes])
+    lanes, dtype, op = shape.block, anchor.type.dtype, anchor.op
+    assert isinstance(op, Conv2d)
+    sums = Accumulators(kernel, tile.width, [lanes], Dot(dtype=dtype))
     bias = anchor.inputs[2:]
     sums.start(0, kernel.value(bias[0], (Lanes(block * lanes, lanes),)) if bias else None)
     low, high = kernel_rows(kernel, shape, y)
     image, weight = (kernel.buffers[operand] for operand in anchor.inputs[:2])
+    padding = constant(op.pad_value, dtype, lanes) if op.pad_value else None
+
+    def taps(kh: Scalar) -> list[Value]:
+        first = kernel.bind((block * shape.kernel[0] + kh) * shape.kernel[1] * lanes)
+        found = (cast(kernel.load(weight, Lanes(first + tap * lanes, lanes)), dtype) for tap in range(shape.kernel[1]))
+        return [kernel.bind(tap) for tap in found]
+
     with kernel.loop(high, start=low) as kh:
         row = y * shape.stride[0] - shape.top + kh * shape.dilation[0]
         plane = n * anchor.type.shape[1] + block
         origin = kernel.bind(((plane * shape.height + row) * shape.width + x * shape.stride[1] - shape.left) * lanes)
-        first = kernel.bind((block * shape.kernel[0] + kh) * shape.kernel[1] * lanes)
-        taps = {
-            tap: kernel.bind(kernel.load(weight, Lanes(first + tap * lanes, lanes)))
-            for tap, reached in enumerate(tile.kind)
-            if reached
-        }
+        weights = taps(kh)
         for column, uses in _uses(shape, tile).items():
-            pixel = kernel.bind(kernel.load(image, Lanes(origin + column * lanes, lanes)))
+            pixel = kernel.bind(cast(kernel.load(image, Lanes(origin + column * lanes, lanes)), dtype))
             for i, tap in uses:
-                sums.add_product(i, 0, pixel, taps[tap])
+                sums.add(i, 0, pixel, weights[tap])
+        if padding is not None:
+            _pad(sums, padding, weights, tile.kind)
+    if padding is not None and shape.padded_rows:
+        for start, stop in ((0, low), (high, shape.kernel[0])):
+            with kernel.loop(stop, start=start) as kh:
+                _pad(sums, padding, taps(kh), [range(0)] * shape.kernel[1])
     finish(kernel, anchor, Block(tile.width, [lanes], sums.value, lambda i, _: (n, block, y, x + i, Lanes(0, lanes))))
+
+
+def _pad(sums: Accumulators, padding: Value, weights: Sequence[Value], kind: Sequence[range]) -> None:
+    """Add the products of the taps that lie in the padding."""
+    for weight, reached in zip(weights, kind, strict=True):
+        for i in range(len(sums.registers)):
+            if i not in reached:
+                sums.add(i, 0, padding, weight)
 
 
 def _uses(shape: Shape, tile: Run) -> dict[int, list[tuple[int, int]]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, unflatten
+from paring.backends.schedules.dot import dot_for
 from paring.backends.schedules.tiles import (
     CHAINS,
     Accumulators,
@@ -44,7 +45,10 @@ class GemmKnobs:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one product: `batch` times (rows x depth) by (depth x columns), in vectors of `lanes` columns."""
+    """The sizes of one product: `batch` times (rows x depth) by (depth x columns), in vectors of `lanes` columns.
+
+    `group` neighbours along the depth are multiplied in one step.
+    """
 
     batch: int
     rows: int
@@ -52,13 +56,20 @@ class Shape:
     columns: int
     lanes: int
     packed: bool
+    group: int = 1
 
     @staticmethod
     def of(node: Node, target: Target) -> Shape:
         x, columns = node.inputs[0].type.shape, node.type.shape[-1]
         if isinstance(node.op, Linear):
-            return Shape(1, prod(x[:-1]), x[-1], columns, target.block, True)
+            group = lay.linear_group(node.op.weight_layout)
+            return Shape(1, prod(x[:-1]), x[-1], columns, target.block, True, group)
         return Shape(prod(x[:-2]), x[-2], x[-1], columns, min(target.lanes, columns), False)
+
+    @property
+    def positions(self) -> int:
+        """Steps along the depth; the last one may have fewer than `group` neighbours."""
+        return -(-self.depth // self.group)
 
     @property
     def vectors(self) -> int:
@@ -75,11 +86,14 @@ def find(body: Graph, target: Target) -> Node | None:
     node = only_anchor(body, (Linear, Matmul))
     if node is None:
         return None
-    if node.inputs[0].type.size == 0:
+    assert isinstance(node.op, Linear | Matmul)
+    dot = dot_for(node.inputs[0].type.dtype, target)
+    if node.inputs[0].type.size == 0 or dot is None:
         return None
-    if isinstance(node.op, Linear) and lay.linear_block(node.op.weight_layout) != target.block:
-        return None
-    return node
+    if isinstance(node.op, Matmul):
+        return node if dot.depth == 1 else None
+    layout = node.op.weight_layout
+    return node if (lay.linear_block(layout), lay.linear_group(layout)) == (target.block, dot.depth) else None
 
 
 def knobs(node: Node, target: Target) -> GemmKnobs:
@@ -88,7 +102,7 @@ def knobs(node: Node, target: Target) -> GemmKnobs:
     if shape.rows == 1:
         vectors = min(4, shape.vectors)
         return GemmKnobs(1, vectors, max(1, CHAINS // vectors))
-    if overlaps(target, shape.depth):
+    if overlaps(target, shape.positions):
         return GemmKnobs(tile_height(target, shape.lanes, 2), 1)
     vectors = min(4 if shape.rows <= 4 else 3, shape.vectors)
     return GemmKnobs(tile_height(target, shape.lanes, vectors), vectors)
@@ -134,7 +148,10 @@ class _Tile:
     def emit(self) -> None:
         k, s = self.kernel, self.shape
         self.batch, self.first, self.m = self.at
-        self.sums = Accumulators(k, self.height * self.steps, [s.lanes] * self.vectors.width)
+        dot = dot_for(self.anchor.inputs[0].type.dtype, k.target)
+        assert dot is not None
+        self.dot, self.excess = dot, self.height * self.steps
+        self.sums = Accumulators(k, self.excess + dot.uniform, [s.lanes] * self.vectors.width, dot)
         for j in range(self.vectors.width):
             self.sums.start(j, zero_from=self.height, value=self._bias(j))
         self.row = k.bind(self.batch * s.rows + self.m)
@@ -162,24 +179,27 @@ class _Tile:
         bias = k.value(self.anchor.inputs[2], (Lanes(self._column(j), width),))
         if width == lanes:
             return bias
-        whole = k.local(lanes, "float32")
-        k.store(whole, Lanes(0, lanes), constant(0, "float32", lanes))
+        whole = k.local(lanes, self.dot.dtype)
+        k.store(whole, Lanes(0, lanes), constant(0, self.dot.dtype, lanes))
         k.store(whole, Lanes(0, width), bias)
         return k.load(whole, Lanes(0, lanes))
 
     def _reduce(self) -> None:
         """Add the products along the whole depth, `steps` at a time."""
         k, s, width = self.kernel, self.shape, self.vectors.width
-        if not s.packed or s.depth < CHUNK:
-            return self._stretch(0, s.depth)
-        chunks, rest = divmod(s.depth, CHUNK)
-        slab = s.depth * s.lanes
-        weights = k.buffers[self.anchor.inputs[1]]
-        ahead = Ahead.of(k, weights, (self.first + width) * slab, width * slab, self.turns * chunks)
-        with k.loop(chunks) as chunk:
-            ahead.step(self.turn * chunks + chunk)
-            self._stretch(chunk * CHUNK, CHUNK)
+        whole, part = divmod(s.depth, s.group)
+        chunks, rest = divmod(whole, CHUNK) if s.packed else (0, whole)
+        if chunks:
+            slab = s.positions * s.lanes * s.group
+            weights = self.anchor.inputs[1]
+            ahead = Ahead.of(k, weights, (self.first + width) * slab, width * slab, self.turns * chunks)
+            with k.loop(chunks) as chunk:
+                ahead.step(self.turn * chunks + chunk)
+                self._stretch(chunk * CHUNK, CHUNK)
         self._stretch(chunks * CHUNK, rest)
+        if part:
+            with k.scope():
+                self._add(whole, 0, part)
 
     def _stretch(self, start: Scalar, length: int) -> None:
         """Add the products of `length` positions of the depth."""
@@ -187,28 +207,32 @@ class _Tile:
         if whole:
             with self.kernel.loop(whole) as turn:
                 for step in range(self.steps):
-                    self._add(start + turn * self.steps + step, step)
+                    self._add(start + turn * self.steps + step, step, self.shape.group)
         for step in range(rest):
             with self.kernel.scope():
-                self._add(start + whole * self.steps + step, step)
+                self._add(start + whole * self.steps + step, step, self.shape.group)
 
-    def _add(self, position: Scalar, step: int) -> None:
-        """The products of one position of the depth."""
-        k, s = self.kernel, self.shape
+    def _add(self, position: Scalar, step: int, count: int) -> None:
+        """The products of one position of the depth: `count` neighbours."""
+        k, s, dot = self.kernel, self.shape, self.dot
         x, w = (k.buffers[operand] for operand in self.anchor.inputs[:2])
-        weights = [k.bind(k.load(w, self._weights(j, position))) for j in range(self.vectors.width)]
+        weights = [dot.weights(k, w, self._weights(j, position), s.lanes) for j in range(self.vectors.width)]
         for i in range(self.height):
-            scalar = k.load(x, self.row * s.depth + i * s.depth + position)
+            pixel = dot.pixel(k, x, self.row * s.depth + i * s.depth + position * s.group, count)
             for j, weight in enumerate(weights):
-                self.sums.add_product(step * self.height + i, j, scalar, weight)
+                self.sums.add(step * self.height + i, j, pixel, weight)
+        if dot.uniform:
+            for j, weight in enumerate(weights):
+                self.sums.add(self.excess, j, dot.fill(0), weight)
 
-    def _weights(self, j: int, position: Scalar) -> Lanes:
+    def _weights(self, j: int, position: Scalar) -> Scalar:
+        """Where the weights of vector j begin."""
         s = self.shape
         if s.packed:
-            return Lanes(((self.first + j) * s.depth + position) * s.lanes, s.lanes)
+            return ((self.first + j) * s.positions + position) * (s.lanes * s.group)
         # A narrower last vector is read from further left: nothing lies behind the last row.
         column = self._column(j) - (s.lanes - self._width(j))
-        return Lanes((self.batch * s.depth + position) * s.columns + column, s.lanes)
+        return (self.batch * s.depth + position) * s.columns + column
 
     def _total(self, i: int, j: int) -> Value:
         """The sum of row i, vector j: the columns to be stored."""
@@ -216,9 +240,11 @@ class _Tile:
         total = self.sums.value(i, j)
         for step in range(1, self.steps):
             total = total + self.sums.value(step * self.height + i, j)
+        if self.dot.uniform:
+            total = total - self.sums.value(self.excess, j)
         if width == lanes:
             return total
         # A copy of its own: reading parts of the accumulator would keep it in memory all along the reduction.
-        whole = k.local(lanes, "float32")
+        whole = k.local(lanes, self.dot.dtype)
         k.store(whole, Lanes(0, lanes), total)
         return k.load(whole, Lanes(0 if self.shape.packed else lanes - width, width))

@@ -9,15 +9,18 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, splat
+from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant
+from paring.backends.schedules.dot import FLOAT, Dot
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Op
 from paring.ir.ops import ELEMENTWISE
 from paring.ir.ops.binary import Add, Maximum, Minimum, Mul, Sub, Where
 from paring.ir.ops.core import Const, Input
+from paring.ir.ops.quantized import Dequantize, Descale, Quantize, QuantizedMul, Requantize
 from paring.ir.ops.shape import Broadcast
 from paring.ir.ops.unary import Abs, Cast, Clamp, HardSigmoid, HardSwish, LeakyRelu, Neg, Relu
+from paring.ir.types import DTYPES
 
 # Ops of a few instructions, and those that are no instructions at all.
 CHEAP = (
@@ -38,6 +41,11 @@ CHEAP = (
     Broadcast,
     Input,
     Const,
+    Quantize,
+    Dequantize,
+    Descale,
+    Requantize,
+    QuantizedMul,
 )
 
 
@@ -65,12 +73,12 @@ def takes_epilogue(body: Graph, anchor: Node) -> bool:
 
 
 def only_anchor(body: Graph, ops: type[Op] | tuple[type[Op], ...]) -> Node | None:
-    """The one float32 node of these ops in a region that is it with an elementwise epilogue; None where there is no such."""
+    """The one node of these ops, in float32 or int32, of a region that is it with an elementwise epilogue; else None."""
     anchors = [node for node in body.nodes() if isinstance(node.op, ops)]
     if len(anchors) != 1 or not takes_epilogue(body, anchors[0]):
         return None
     (node,) = anchors
-    return node if node.type.dtype == "float32" and node.type.size else None
+    return node if node.type.dtype in ("float32", "int32") and node.type.size else None
 
 
 def duration(anchor: Node) -> int:
@@ -183,28 +191,29 @@ class Ahead:
     weights: Any
     start: Scalar
     share: int  # cache lines at each step
+    line: int  # elements of a cache line
 
     @staticmethod
-    def of(kernel: Kernel, weights: Any, start: Scalar, elements: int, steps: int) -> Ahead:
-        """For `elements` float32 from `start` on, in that many steps; nothing is fetched where these are far more than lines."""
-        return Ahead(kernel, weights, kernel.bind(start), round(elements / LINE / steps))
+    def of(kernel: Kernel, operand: Node, start: Scalar, elements: int, steps: int) -> Ahead:
+        """For `elements` from `start` on, in that many steps; nothing is fetched where these are far more than lines."""
+        line = LINE_BYTES // DTYPES[operand.type.dtype].bytes
+        return Ahead(kernel, kernel.buffers[operand], kernel.bind(start), round(elements / line / steps), line)
 
     def step(self, number: Scalar) -> None:
         for line in range(self.share):
-            self.kernel.prefetch(self.weights, self.start + (number * self.share + line) * LINE)
+            self.kernel.prefetch(self.weights, self.start + (number * self.share + line) * self.line)
 
 
-# float32 elements of a cache line.
-LINE = 16
+LINE_BYTES = 64
 
 
 class Accumulators:
-    """Sums held in registers: rows x one vector of each of the `widths` (lanes)."""
+    """Sums held in registers: rows x one vector of each of the `widths` (lanes), added to by steps of `dot`."""
 
-    def __init__(self, kernel: Kernel, rows: int, widths: Sequence[int], dtype: str = "float32") -> None:
-        self.kernel, self.widths, self.dtype = kernel, tuple(widths), dtype
+    def __init__(self, kernel: Kernel, rows: int, widths: Sequence[int], dot: Dot = FLOAT) -> None:
+        self.kernel, self.widths, self.dot, self.dtype = kernel, tuple(widths), dot, dot.dtype
         # One buffer for each: TVM takes larger ones from the heap.
-        self.registers = [[kernel.local(lanes, dtype) for lanes in self.widths] for _ in range(rows)]
+        self.registers = [[kernel.local(lanes, self.dtype) for lanes in self.widths] for _ in range(rows)]
 
     def start(self, vector: int, value: Value | None = None, zero_from: int | None = None) -> None:
         """Set the rows of one vector: to the value, or to zero where none is given and from row `zero_from` on."""
@@ -215,10 +224,10 @@ class Accumulators:
             first = zero_from is None or number < zero_from
             self.kernel.store(row[vector], Lanes(0, lanes), value if first else zero)
 
-    def add_product(self, row: int, vector: int, x: Value, weight: Value) -> None:
-        """x is a scalar or a vector."""
-        lanes = self.widths[vector]
-        self.kernel.store(self.registers[row][vector], Lanes(0, lanes), self.value(row, vector) + splat(x, lanes) * weight)
+    def add(self, row: int, vector: int, pixel: Value, weights: Value) -> None:
+        """One step's products; `pixel` and `weights` as `dot` gives them (of floats also a vector as wide as the sums)."""
+        new = self.dot.add(self.value(row, vector), pixel, weights)
+        self.kernel.store(self.registers[row][vector], Lanes(0, self.widths[vector]), new)
 
     def value(self, row: int, vector: int) -> Value:
         return self.kernel.load(self.registers[row][vector], Lanes(0, self.widths[vector]))

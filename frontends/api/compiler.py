@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paring.backends import targets
 from paring.backends.targets import Target
 from paring.calibration import HostRun, collect, flatten
-from paring.frontends.structure import Imported, Signature, Tree
-from paring.ir.errors import ArgumentError
+from paring.frontends.structure import Imported, Signature, Tree, to_torch
+from paring.ir.errors import ArgumentError, InputError
 from paring.ir.graph import Graph
 from paring.ir.interpreter import interpret
 from paring.ir.ops.core import Input
@@ -67,8 +69,10 @@ def compile(
         pipeline: passes to run instead of the target's own pipeline.
         calibration: an iterable of inputs for lossy passes: tuples, single tensors, or dicts of keyword inputs.
         metric: takes a callable network and returns a number, higher is better; its value goes into the ledger, after each
-            lossy pass where there are some, else after each pass that changed something.
-        dump: a folder for the IR after each changing pass; by default the environment variable PARING_DUMP.
+            lossy pass where there are some, else after each pass that changed something. Lossy passes run without one too;
+            the ledger then says so.
+        dump: a folder for the IR after each changing pass, written when a pass fails too; by default the environment variable
+            PARING_DUMP.
         device: where a foreign target's code runs: "emulator" or "rpc://127.0.0.1:PORT".
         progress: called with (stage, done, total).
 
@@ -124,6 +128,7 @@ def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imp
 
     from paring.frontends import torch_export, torch_fx
 
+    args, kwargs = torch.utils._pytree.tree_map(_as_tensor, (args, kwargs))
     if isinstance(model, torch.export.ExportedProgram):
         return torch_export.import_program(model)
     if isinstance(model, torch.fx.GraphModule):
@@ -132,6 +137,17 @@ def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imp
         return torch_export.import_model(model, args, kwargs)
     hint = "a torch.nn.Module, torch.export.ExportedProgram, torch.fx.GraphModule or paring.ir.Graph"
     raise ArgumentError(f"a {type(model).__name__} is not a model", hint=hint)
+
+
+def _as_tensor(value: Any) -> Any:
+    """A numpy array as a torch tensor, anything else as it is. Raises InputError for a dtype that torch lacks."""
+    if not isinstance(value, np.ndarray | np.generic):
+        return value
+    try:
+        return to_torch(np.asarray(value))
+    except TypeError as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"an example input is an array of {value.dtype}", why=why, hint="convert it to float32") from None
 
 
 def graph_signature(graph: Graph) -> Signature:

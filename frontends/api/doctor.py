@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 
 DEADLINE_S = 180.0
+MESSAGE_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,15 @@ def _script(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def _how_it_ended(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of the exception that ended it, without the traceback; of anything else what it said last."""
     if done.returncode < 0:
         return f"crashed with signal {-done.returncode}"
-    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    _, raised, said = done.stderr.rstrip().rpartition("Traceback (most recent call last):\n")
+    lines = said.splitlines()
+    if raised:
+        message = list(dropwhile(lambda line: line.startswith(" "), lines))
+        return "\n".join(message[:MESSAGE_LINES]).removeprefix("paring.ir.errors.")
+    return "\n".join(lines[-MESSAGE_LINES:]) or f"exit status {done.returncode}"
 
 
 def _tvm_works() -> Finding:

@@ -85,6 +85,7 @@ class Network:
         self._versions = versions
         self._make = make
         self._lock = threading.Lock()
+        self._closed = False
         self.target = target
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,9 +145,11 @@ class Network:
 
     def close(self) -> None:
         """Free the network; calling it afterwards is an error."""
-        for version in self._versions.values():
-            if version.executable is not None:
-                version.executable.close()
+        with self._lock:
+            self._closed = True
+            for version in self._versions.values():
+                if version.executable is not None:
+                    version.executable.close()
 
     def __enter__(self) -> Network:
         return self
@@ -171,6 +174,8 @@ class Network:
             return self._versions[None]
         key = call_key(args, kwargs)
         with self._lock:
+            if self._closed:
+                raise InputError("the network is closed", hint="compile or load it again")
             if key not in self._versions:
                 self._versions[key] = self._make(args, kwargs)
             return self._versions[key]

@@ -13,6 +13,8 @@ from paring.ir.types import TensorType
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
+ALGORITHMS = ("direct",)
+
 
 def conv_extent(size: int, kernel: int, stride: int, padding: Pair, dilation: int) -> int:
     """Output size along one dimension; negative or zero where the kernel does not fit."""
@@ -64,9 +66,11 @@ class Conv2d(Op):
         x, w = types[:2]
         dtype = product_dtype(*types)
         require(self.pad_value == 0 or dtype == "int32", "floats are padded with zeros only")
+        require(self.algorithm in ALGORITHMS, f"unknown algorithm {self.algorithm!r}", hint=f"known: {', '.join(ALGORITHMS)}")
         require(min(*self.stride, *self.dilation, self.groups) >= 1, "stride, dilation and groups are positive")
         require(min(map(min, self.padding)) >= 0, "padding is not negative", hint="slice the input instead")
         (n, c, h, wd), (o, i, kh, kw) = self._plain_shapes(x, w)
+        require(min(o, kh, kw) > 0, "the weight is empty", why=f"{w}")
         require(o % self.groups == 0, f"{o} output channels do not divide into {self.groups} groups")
         require(c == i * self.groups, "input channels do not match the weight", why=f"{c} against {i} x {self.groups} groups")
         if len(types) == 3:
@@ -74,10 +78,13 @@ class Conv2d(Op):
         oh = conv_extent(h, kh, self.stride[0], self.padding[0], self.dilation[0])
         ow = conv_extent(wd, kw, self.stride[1], self.padding[1], self.dilation[1])
         require(oh > 0 and ow > 0, "the kernel is larger than the padded input", why=f"{(kh, kw)} on {(h, wd)}")
-        partial = bool(self.in_channels or self.out_channels)
-        require(not partial or self.groups == 1, "only a convolution of one group has blocks that are not full")
-        require(0 <= self.in_channels <= i, "in_channels are not within the weight", why=f"{self.in_channels} of {i}")
-        require(0 <= self.out_channels <= o, "out_channels are not within the weight", why=f"{self.out_channels} of {o}")
+        blocks = lay.weight_blocks(self.weight_layout) or (1, 1)
+        for name, count, whole, size in (
+            ("in_channels", self.in_channels, i, blocks[0]),
+            ("out_channels", self.out_channels, o, blocks[1]),
+        ):
+            partial = count == 0 or (self.groups == 1 and whole - size < count <= whole)
+            require(partial, f"{name} {count} does not end in the last block", why=f"{whole} in blocks of {size}")
         block = lay.channel_block(self.out_layout)
         if block is None:
             return TensorType(dtype, (n, o, oh, ow))
@@ -176,6 +183,7 @@ class ConvTranspose2d(Op):
         x, w = types[:2]
         require(x.is_float and all(t.dtype == x.dtype for t in types), "operands are not of one float type")
         require(x.rank == 4 and w.rank == 4, "x and weight have four dimensions", why=f"{x}, {w}")
+        require(w.size > 0, "the weight is empty", why=f"{w}")
         require(min(*self.stride, *self.dilation, self.groups) >= 1, "stride, dilation and groups are positive")
         n, c, *size = x.shape
         require(min(x.shape[1:]) > 0, "x has no channels or no pixels", why=f"{x}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ def pool_extent(size: int, kernel: int, stride: int, padding: int, dilation: int
 class Pool2d(Op):
     """Base of window pooling; x (N, C, H, W) or blocked."""
 
+    integers: ClassVar[tuple[str, ...]] = ()
     kernel: Pair
     stride: Pair
     padding: Pair = (0, 0)
@@ -38,7 +40,7 @@ class Pool2d(Op):
 
     def infer(self, *types: TensorType) -> TensorType:
         x, block = types[0], lay.channel_block(self.layout)
-        require(x.is_float, "x is not a float tensor", why=f"{x}")
+        require(x.is_float or x.dtype in self.integers, "x is not a float tensor", why=f"{x}")
         require(
             x.rank == (5 if block else 4) and (not block or x.shape[4] == block),
             f"x does not fit layout {self.layout}",
@@ -70,12 +72,14 @@ class Pool2d(Op):
 
 @dataclass(frozen=True)
 class MaxPool2d(Pool2d):
-    """The greatest element of each window; padding never wins; NaN wins always."""
+    """The greatest element of each window, of floats or 8-bit integers; padding never wins; NaN wins always."""
 
     name = "max_pool2d"
+    integers = ("int8", "uint8")
 
     def ref(self, *arrays: Array) -> Array:
-        return self.windows(wide(arrays[0]), -np.inf).max(0)
+        (x,) = arrays
+        return self.windows(wide(x), -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min).max(0)
 
     def magnitude(self, result: Array, values: tuple[Array, ...], bounds: tuple[Array, ...]) -> Array:
         return self.windows(bounds[0], 0.0).max(0)
@@ -87,6 +91,8 @@ class MaxPool2d(Pool2d):
             (cls((2, 3), (2, 1), (0, 1), (1, 2)), (_f(2, 2, 6, 9),)),
             (cls((3, 3), (2, 2), ceil_mode=True), (_f(1, 2, 8, 6),)),
             (cls((2, 2), (2, 2), layout="NCHW4c"), (_f(1, 2, 5, 4, 4),)),
+            (cls((3, 3), (2, 2), (1, 1)), (TensorType("int8", (1, 3, 5, 4)),)),
+            (cls((3, 2), (1, 2), (1, 0), layout="NCHW4c"), (TensorType("uint8", (1, 2, 5, 4, 4)),)),
         ]
 
 

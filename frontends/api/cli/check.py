@@ -79,35 +79,11 @@ def check_network(net: Any, example: Example) -> Verdict:
 
 
 def _check_torch(net: Any, example: Example) -> Verdict:
-    import torch
-    from torch.utils._pytree import tree_flatten, tree_unflatten
+    from paring.frontends.oracle import TORCH_FACTOR, arrays_of, reference, worst_ratio
 
-    from paring.bench.coverage import ALLOWED, error_ratio, in_float64
-
-    flat, spec = tree_flatten((example.args, example.kwargs))
-    tensors = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
-
-    class OfTensors(torch.nn.Module):
-        """The model as a function of its tensors alone, whatever structure they come in."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = example.model
-
-        def forward(self, *given: torch.Tensor) -> Any:
-            rest = iter(given)
-            args, kwargs = tree_unflatten([next(rest) if isinstance(x, torch.Tensor) else x for x in flat], spec)
-            return self.model(*args, **kwargs)
-
-    ours = _arrays(net(*example.args, **example.kwargs))
-    with torch.no_grad():
-        single = _arrays(OfTensors()(*tensors))
-    double = _arrays(in_float64(OfTensors(), tensors))
-    return Verdict("the error against float64, over that of torch in float32,", error_ratio(ours, single, double), ALLOWED)
-
-
-def _arrays(value: Any) -> list[Array]:
-    return [array for _, array in leaves(value)]
+    found = arrays_of(net(*example.args, **example.kwargs))
+    ratio = worst_ratio(found, reference(example.model, example.args, example.kwargs))
+    return Verdict("the error against float64, over that of torch in float32,", ratio, TORCH_FACTOR)
 
 
 def check_reference(graph: Graph, arrays: Sequence[Array], found: Sequence[Array]) -> Verdict:

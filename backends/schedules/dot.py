@@ -1,0 +1,130 @@
+"""One step of a reduction: a few neighbouring channels of a pixel (or of a row) times a block of outputs.
+
+A schedule keeps sums of `lanes` outputs in registers and adds to them `dot.add(sums, pixel, weights)`: one channel at a time for
+floats, four for 8-bit integers, whose weights have four input channels side by side for each output (`OIHW4i16o4i`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.script.ir_builder import tirx as T
+
+from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, splat
+from paring.backends.targets import Target
+from paring.backends.vecmath import full, lanes_in, reinterpret
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Floats: sums + pixel * weights. `depth`: channels of one step. `dtype`: that of the sums."""
+
+    depth: int = 1
+    dtype: str = "float32"
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every pixel must go through every step, those of the padding too."""
+        return False
+
+    def pixel(self, kernel: Kernel, buffer: object, offset: Scalar, count: int) -> Value:
+        """What one step takes of a pixel: `count` channels from an offset, at most `depth`."""
+        return kernel.load(buffer, offset)
+
+    def fill(self, value: int) -> Value:
+        """The same of a pixel whose channels all have one value."""
+        return constant(value, self.dtype)
+
+    def weights(self, kernel: Kernel, buffer: object, offset: Scalar, lanes: int) -> Value:
+        """What one step takes of the weights of `lanes` outputs."""
+        return kernel.bind(kernel.load(buffer, Lanes(offset, lanes * self.depth)))
+
+    def add(self, sums: Value, pixel: Value, weights: Value) -> Value:
+        return sums + splat(pixel, lanes_in(sums)) * weights
+
+
+FLOAT = Dot()
+
+
+@dataclass(frozen=True)
+class _Bytes(Dot):
+    """Four 8-bit channels at a time, in int32 lanes. A pixel is an int32 of its four bytes."""
+
+    depth: int = 4
+    dtype: str = "int32"
+    signed: bool = False
+
+    def pixel(self, kernel: Kernel, buffer: object, offset: Scalar, count: int) -> Value:
+        if count == self.depth:
+            return self.code(reinterpret(kernel.load(buffer, Lanes(offset, 4)), "int32", lanes=1))
+        bytes_ = [kernel.load(buffer, offset + i).astype("int32") & 255 for i in range(count)]
+        return self.code(sum((byte << 8 * i for i, byte in enumerate(bytes_[1:], 1)), bytes_[0]))
+
+    def fill(self, value: int) -> Value:
+        return self.code(constant(int.from_bytes(bytes([value & 255] * 4), "little", signed=True), "int32"))
+
+    def code(self, pixel: Value) -> Value:
+        """How the instruction wants the four bytes."""
+        return pixel
+
+
+@dataclass(frozen=True)
+class Vnni(_Bytes):
+    """vpdpbusd: unsigned times signed bytes, summed in int32 without saturation on the way.
+
+    Signed pixels go in with 128 added (their highest bit flipped). So that this can be taken off again, 128 for every channel
+    must have been added alike to all sums.
+    """
+
+    @property
+    def uniform(self) -> bool:
+        return self.signed
+
+    def code(self, pixel: Value) -> Value:
+        return pixel ^ constant(-0x7F7F7F80, "int32") if self.signed else pixel
+
+    def add(self, sums: Value, pixel: Value, weights: Value) -> Value:
+        lanes = lanes_in(sums)
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+        return _intrinsic(name, sums, reinterpret(splat(pixel, lanes), "int8", lanes=4 * lanes), weights)
+
+
+@dataclass(frozen=True)
+class Madd(_Bytes):
+    """vpmaddwd: bytes widened to 16 bits, even and odd channels apart. Nothing can saturate (2 * 255 * 128 < 2^31)."""
+
+    NAMES = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+
+    def add(self, sums: Value, pixel: Value, weights: Value) -> Value:
+        lanes = lanes_in(sums)
+        x = reinterpret(splat(pixel, lanes), "int16", lanes=2 * lanes)
+        w = reinterpret(weights, "int16", lanes=2 * lanes)
+        pixels = (_even(x), _odd(x)) if self.signed else (x & full(x, 255), (x >> full(x, 8)) & full(x, 255))
+        for a, b in zip(pixels, (_even(w), _odd(w)), strict=True):
+            sums = sums + _intrinsic(self.NAMES[lanes], a, b, like=sums)
+        return sums
+
+
+def _even(pairs: Value) -> Value:
+    """The lower signed byte of each 16 bits."""
+    return (pairs << full(pairs, 8)) >> full(pairs, 8)
+
+
+def _odd(pairs: Value) -> Value:
+    return pairs >> full(pairs, 8)
+
+
+def _intrinsic(name: str, *operands: Value, like: Value | None = None) -> Value:
+    return T.call_llvm_pure_intrin(str((operands[0] if like is None else like).ty.dtype), name, *operands)
+
+
+INTEGER: dict[str, type[_Bytes]] = {"vnni": Vnni, "madd": Madd}
+
+
+def dot_for(dtype: str, target: Target) -> Dot | None:
+    """How products of that type of x are summed on a target; None where it has no way of its own."""
+    if dtype == "float32":
+        return FLOAT
+    if dtype not in ("uint8", "int8") or target.dot not in INTEGER:
+        return None
+    return INTEGER[target.dot](signed=dtype == "int8")

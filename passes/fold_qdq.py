@@ -1,0 +1,42 @@
+"""fold-qdq: networks of dequantize, float operators and quantize become networks of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paring.ir.graph import Graph, Node
+from paring.ir.ops import quantized
+from paring.passes import fold_moves, fold_products, fold_steps, fold_tables
+from paring.passes.base import Pass
+from paring.passes.contract import Steps
+from paring.passes.pattern import Rule
+from paring.passes.qdq import is_dequantize
+from paring.passes.rewriter import Context, apply_rules, describe
+
+# Tables come before steps: what they prove is exact.
+RULES: tuple[Rule, ...] = (*fold_moves.RULES, *fold_products.RULES, *fold_tables.RULES, *fold_steps.RULES)
+
+
+@dataclass(frozen=True)
+class FoldQdq(Pass):
+    """Float operators between dequantize and quantize become operators on integers; what stays in float is declined by name."""
+
+    name = "fold-qdq"
+    contract = Steps(1, 4)
+
+    def rules(self) -> Sequence[Rule]:
+        return RULES
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        graph = apply_rules(graph, self.rules(), context)
+        explained = {rewrite.node for rewrite, _ in context.declined}
+        for node in graph.nodes():
+            if _stays_in_float(node) and describe(node) not in explained:
+                context.decline(self.name, node, f"no rule computes this {node.op.name} on integers")
+        return graph
+
+
+def _stays_in_float(node: Node) -> bool:
+    """Whether a node computes with floats that integers stand for."""
+    return not isinstance(node.op, quantized.Quantize) and any(map(is_dequantize, node.inputs))

@@ -1,0 +1,226 @@
+"""What the rules of fold-qdq share: quantized values, constant weights, and what is a constant times integers plus a constant."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from paring.ir.graph import Node
+from paring.ir.op import Array
+from paring.ir.ops import binary, pool, quantized, shape, unary
+from paring.ir.ops.quantized import BYTES, limits
+from paring.ir.types import TensorType
+from paring.passes.pattern import Match
+from paring.passes.util import const_value, constant, is_const
+
+INT32 = 2**31 - 1
+FLOAT32 = np.finfo(np.float32)
+# Past this many steps a float32 may be off by a good part of one, and two ways to round by more than one.
+MANY_STEPS = 2.0**20
+DEEP = 16
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A real tensor by its 8-bit integers: (q - zero_point) * scale."""
+
+    q: Node
+    scale: float
+    zero_point: int
+
+    @property
+    def reach(self) -> int:
+        """The greatest |q - zero_point|."""
+        low, high = limits(self.q.type.dtype)
+        return max(high - self.zero_point, self.zero_point - low)
+
+
+def quantized_of(node: Node) -> Quantized | None:
+    """What a dequantize of 8-bit integers reads; None for any other node."""
+    if not isinstance(node.op, quantized.Dequantize) or node.inputs[0].type.dtype not in BYTES:
+        return None
+    return Quantized(node.inputs[0], node.op.scale, node.op.zero_point)
+
+
+def is_dequantize(node: Node) -> bool:
+    return quantized_of(node) is not None
+
+
+def steps_per_unit(quantize: Node) -> float:
+    assert isinstance(quantize.op, quantized.Quantize)
+    return quantize.op.steps_per_unit
+
+
+def narrowed(dtype: str, low: int, high: int) -> tuple[int | None, int | None]:
+    """A range as the ops want it: None for an end that is the dtype's own."""
+    least, most = limits(dtype)
+    return (None if low == least else int(low)), (None if high == most else int(high))
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Constant int8 weights around zero, with a float32 scale for each output (dimension 0)."""
+
+    q: Array
+    scale: Array
+
+    @property
+    def sums(self) -> Array:
+        """The sum of each output's weights."""
+        return self._rows.sum(1, dtype=np.int64)
+
+    @property
+    def sizes(self) -> Array:
+        """The sum of the absolute values of each output's weights."""
+        return np.abs(self._rows.astype(np.int16)).sum(1, dtype=np.int64)
+
+    @property
+    def _rows(self) -> Array:
+        return self.q.reshape(self.q.shape[0], math.prod(self.q.shape[1:]))
+
+
+def weights_of(node: Node) -> Weights | str:
+    """The weights behind a dequantize, or the reason why integers cannot be multiplied with them."""
+    match node.op:
+        case quantized.DequantizeChannels(axis=axis):
+            if axis != 0:
+                return "the weights have their scales along an inner dimension"
+            q, scale = node.inputs
+        case quantized.Dequantize(scale=one, zero_point=zero):
+            (q,) = node.inputs
+            if q.type.dtype != "int8" or zero != 0:
+                return "the weights are not signed 8-bit integers around zero"
+            scale = constant(np.full(q.type.shape[0], one, np.float32))
+        case _:
+            return "the weights are not 8-bit integers"
+    if not (is_const(q) and is_const(scale)):
+        return "the weights are not constant"
+    if not np.isfinite(const_value(scale)).all():
+        return "a scale of the weights is not finite"
+    return Weights(const_value(q), const_value(scale))
+
+
+# --- constants ------------------------------------------------------------------------------------------------------
+
+
+def float_constant(node: Node) -> Array | None:
+    """The value of a float32 constant, of dequantized int32 too, before it is broadcast; None for any other node."""
+    source = node.inputs[0] if isinstance(node.op, shape.Broadcast) else node
+    if isinstance(source.op, quantized.Dequantize) and is_const(source.inputs[0]):
+        return source.op.ref(const_value(source.inputs[0])).astype(np.float32)
+    return const_value(source) if is_const(source) and source.type.dtype == "float32" else None
+
+
+def spread(m: Match, value: Array, type: TensorType) -> Node:
+    """An array as a float32 constant broadcast to a type; one value where all are the same."""
+    value = value.astype(np.float32)
+    if value.size and bool((value == value.flat[0]).all()):
+        value = value.reshape(-1)[0].reshape(())
+    return m.make(shape.Broadcast(type.shape), constant(value))
+
+
+def ordinary(*values: Array) -> bool:
+    """Whether all values have the full precision of a float32, or are zero."""
+    sizes = [np.abs(value) for value in values]
+    return all(bool((((FLOAT32.tiny <= s) & (s <= FLOAT32.max)) | (s == 0)).all()) for s in sizes)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x * factor + shift: integers with float64 constants that broadcast to them; `peak` bounds |shift| on the way."""
+
+    x: Node
+    factor: Array
+    shift: Array
+    peak: float
+
+    def times(self, c: Array) -> Affine:
+        return Affine(self.x, self.factor * c, self.shift * c, self.peak * _size(c))
+
+    def plus(self, c: Array) -> Affine:
+        shift = self.shift + c
+        return Affine(self.x, self.factor, shift, max(self.peak, _size(c), _size(shift)))
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the constants are no larger than the integers, and precise in float32."""
+        return max(self.factor.size, self.shift.size) <= self.x.type.size and ordinary(self.factor)
+
+
+def affine_of(node: Node, depth: int = DEEP) -> Affine | None:
+    """Integers, times a constant, plus a constant; None for anything else."""
+    match node.op:
+        case quantized.Dequantize(scale=scale, zero_point=zero) if not is_const(node.inputs[0]):
+            shift = np.float64(-zero * scale)
+            return Affine(node.inputs[0], np.asarray(np.float64(scale)), np.asarray(shift), abs(float(shift)))
+        case quantized.Descale():
+            factor, shift = (float_constant(operand) for operand in node.inputs[1:])
+            if factor is None or shift is None:
+                return None
+            return Affine(node.inputs[0], factor.astype(np.float64), shift.astype(np.float64), _size(shift))
+        case unary.Neg() if depth:
+            inner = affine_of(node.inputs[0], depth - 1)
+            return inner and inner.times(np.asarray(-1.0))
+        case binary.Mul() | binary.Div() | binary.Add() | binary.Sub() if depth:
+            return _combined(node, depth)
+    return None
+
+
+def _combined(node: Node, depth: int) -> Affine | None:
+    """Of an arithmetic node with a constant on one side."""
+    x, c = node.inputs
+    turned = float_constant(c) is None
+    value = float_constant(x if turned else c)
+    inner = None if value is None else affine_of(c if turned else x, depth - 1)
+    if inner is None or value is None or not np.isfinite(value).all() or value.ndim > inner.x.type.rank:
+        return None
+    value = value.astype(np.float64)
+    match node.op:
+        case binary.Mul():
+            return inner.times(value)
+        case binary.Div():
+            return None if turned or not value.all() else inner.times(1 / value)
+        case binary.Add():
+            return inner.plus(value)
+    return inner.times(np.asarray(-1.0)).plus(value) if turned else inner.plus(-value)
+
+
+def _size(value: Array) -> float:
+    return float(np.abs(value).max(initial=0.0))
+
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+
+def is_number(node: Node) -> bool:
+    """Whether no element of a float32 tensor can be NaN, because it is made of integers and finite constants."""
+    return _greatest(node, DEEP) <= float(FLOAT32.max)
+
+
+def _greatest(node: Node, depth: int) -> float:
+    """A bound of |value|; infinite where it is not known."""
+    if depth == 0:
+        return math.inf
+    match node.op:
+        case quantized.Dequantize(scale=scale):
+            found = quantized_of(node)
+            return (found.reach if found else INT32 + 1) * scale
+        case quantized.Descale():
+            affine = affine_of(node)
+            if affine is None:
+                return math.inf
+            largest = max(map(abs, limits(node.inputs[0].type.dtype)))
+            bound = largest * _size(affine.factor) + affine.peak
+            return bound if math.isfinite(bound) else math.inf
+        case binary.Add() | binary.Sub():
+            return sum(_greatest(operand, depth - 1) for operand in node.inputs)
+        case unary.Relu() | shape.Movement() | pool.MaxPool2d():
+            if not isinstance(node.op, shape.Pad):
+                return max(_greatest(operand, depth - 1) for operand in node.inputs)
+    value = float_constant(node)
+    return math.inf if value is None or not np.isfinite(value).all() else _size(value)

@@ -1,0 +1,123 @@
+"""Products of bytes: each schedule with each instruction of this host, equal to the reference bit for bit."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from paring.backends.build import build
+from paring.backends.devices import open_executable
+from paring.backends.families import choose
+from paring.backends.targets import TARGETS, Target, missing_flags
+from paring.ir import Graph, Input, Node, interpret, show
+from paring.ir.op import Array
+from paring.ir.ops import pack, quantized, shape
+from paring.ir.ops.conv import Conv2d
+from paring.ir.ops.core import Const
+from paring.ir.ops.linear import Linear
+from paring.passes.manager import run_pipeline
+from paring.passes.pipelines import parse_pipeline
+
+MACHINES = [name for name, target in TARGETS.items() if target.arch == "x86_64"]
+ACTIVATIONS = (("uint8", 0), ("uint8", 200), ("int8", 0), ("int8", -9))
+
+
+def machine(name: str) -> Target:
+    if missing_flags(TARGETS[name]):
+        pytest.skip(f"this host lacks {', '.join(missing_flags(TARGETS[name]))}")
+    return TARGETS[name]
+
+
+def extremes(rng: np.random.Generator, dtype: str, size: tuple[int, ...]) -> Array:
+    """Any values of 8 bits, a third of them the least or the greatest: sums of neighbours overflow 16 bits."""
+    info = np.iinfo(dtype)
+    any_ = rng.integers(info.min, info.max + 1, size)
+    return np.where(rng.random(size) < 0.33, rng.choice([info.min, info.max], size), any_).astype(dtype)
+
+
+def const(array: Array) -> Node:
+    return Node(Const(array), ())
+
+
+def requantized(sums: Node, x: Node, rng: np.random.Generator, depth: int) -> Graph:
+    """The sums in 8 bits, scaled so that most lie within the range, as one fused region."""
+    channels = (1, sums.type.shape[1], 1, 1, sums.type.shape[4]) if sums.type.rank == 5 else (sums.type.shape[-1],)
+    multiplier = rng.uniform(0.5, 1.0, channels) * 4e-3 / depth**0.5
+    factors = [const(np.asarray(a, np.float32)) for a in (multiplier, np.full(channels, 99))]
+    node = Node(quantized.Requantize(), (sums, *(Node(shape.Broadcast(sums.type.shape), (f,)) for f in factors)))
+    return run_pipeline(Graph((x,), (node,)), parse_pipeline("fuse")).graph
+
+
+def convolution(target: Target, c: int, size: int, o: int, kernel: int, stride: int, dtype: str, zero: int) -> Graph:
+    rng, b = np.random.default_rng((c, size, o, kernel)), target.block
+    block_in = target.group if c <= target.group else b
+    x = Node(Input("x", dtype, (1, -(-c // block_in), size, size + 1, block_in)))
+    layout = f"OIHW{block_in // target.group}i{b}o{target.group}i"
+    weight = pack.PackConvWeight(layout).ref(extremes(rng, "int8", (o, c, kernel, kernel)))
+    bias = np.pad(rng.integers(-3000, 3000, o), (0, -o % b)).astype(np.int32)
+    padding = (kernel // 2, kernel // 2)
+    op = Conv2d(
+        (stride, stride),
+        (padding, padding),
+        layout=f"NCHW{block_in}c",
+        out_layout=f"NCHW{b}c",
+        weight_layout=layout,
+        in_channels=c if c % block_in else 0,
+        out_channels=o if o % b else 0,
+        pad_value=zero,
+    )
+    return requantized(Node(op, (x, const(weight), const(bias))), x, rng, c * kernel * kernel)
+
+
+def depthwise(target: Target, c: int, size: int, kernel: int, stride: int, dtype: str, zero: int) -> Graph:
+    rng, b = np.random.default_rng((c, size, kernel)), target.block
+    blocks = -(-c // b)
+    x = Node(Input("x", dtype, (1, blocks, size, size + 1, b)))
+    layout, padding = f"OIHW1i{b}o", (kernel // 2, kernel // 2)
+    weight = pack.PackConvWeight(layout).ref(extremes(rng, "int8", (c, 1, kernel, kernel)))
+    bias = rng.integers(-1000, 1000, blocks * b).astype(np.int32)
+    names = {"layout": f"NCHW{b}c", "out_layout": f"NCHW{b}c", "weight_layout": layout}
+    op = Conv2d((stride, stride), (padding, padding), groups=blocks * b, pad_value=zero, **names)
+    return requantized(Node(op, (x, const(weight), const(bias))), x, rng, kernel * kernel)
+
+
+def linear(target: Target, rows: int, depth: int, out: int, dtype: str) -> Graph:
+    rng = np.random.default_rng((rows, depth, out))
+    x, layout = Node(Input("x", dtype, (rows, depth))), f"OI{target.block}o{target.group}i"
+    weight = pack.PackLinearWeight(layout).ref(extremes(rng, "int8", (out, depth)))
+    bias = const(rng.integers(-3000, 3000, out).astype(np.int32))
+    return requantized(Node(Linear(layout, out), (x, const(weight), bias)), x, rng, depth)
+
+
+def graphs(target: Target) -> list[tuple[str, Graph]]:
+    convolutions = [(5, 7, 9, 3, 1), (16, 6, 24, 1, 1), (20, 9, 7, 3, 2), (33, 5, 40, 5, 1), (8, 4, 8, 1, 2), (3, 15, 20, 7, 2)]
+    images = [(16, 7, 3, 1), (20, 15, 3, 2), (33, 6, 5, 1)]
+    layers = [(1, 64, 40), (7, 50, 16), (30, 131, 50), (5, 3, 7), (65, 256, 96)]
+    return [
+        *(("conv", convolution(target, *c, *x)) for c, x in product(convolutions, ACTIVATIONS)),
+        *(("depthwise", depthwise(target, *c, *x)) for c, x in product(images, ACTIVATIONS)),
+        *(("gemm", linear(target, *c, x)) for c, x in product(layers, ("uint8", "int8"))),
+    ]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_sums_of_bytes_are_exact(name: str) -> None:
+    target = machine(name)
+    for family, graph in graphs(target):
+        (region,) = graph.outputs
+        assert choose(region.op.body, target)[0].name == family, show(graph)
+        x = extremes(np.random.default_rng(0), graph.inputs[0].type.dtype, graph.inputs[0].type.shape)
+        (wanted,) = interpret(graph, [x])
+        assert len(np.unique(wanted)) > min(12, wanted.size // 3), "the values say too little"
+        with open_executable(build(graph, target), target, None) as run:
+            np.testing.assert_array_equal(run.run([x])[0], wanted, err_msg=f"{family}: {show(graph)}")
+
+
+def test_a_target_without_such_instructions_takes_the_general_way() -> None:
+    target = TARGETS["arm"]
+    x = Node(Input("x", "uint8", (3, 8)))
+    sums = Node(Linear(), (x, const(np.ones((8, 8), np.int8))))
+    body = requantized(sums, x, np.random.default_rng(0), 8).outputs[0].op.body
+    assert choose(body, target)[0].name == "elementwise"

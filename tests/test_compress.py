@@ -230,8 +230,8 @@ def test_smooth_reaches_through_relu_between_linear_layers() -> None:
         ("smooth{strength=-0.1}", "strength is -0.1"),
         ("smooth{strength=1.5}", "strength is 1.5"),
         ("equalize{ranges='all'}", "ranges is 'all'"),
-        ("quantize, adaround{iterations=0}", "iterations and rate are positive"),
-        ("quantize, adaround{rate=0.0}", "iterations and rate are positive"),
+        ("quantize, adaround{iterations=0}", "iterations is 0"),
+        ("quantize, adaround{rate=0.0}", "rate is positive"),
     ],
 )
 def test_bad_options_are_refused(pipeline: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""adaround: weights are rounded up or down as serves the layer's result best (Nagel et al. 2020, "Up or Down?")."""
+"""pass adaround: weights are rounded up or down as serves the layer's result best (Nagel et al. 2020, "Up or Down?")."""
 
 from __future__ import annotations
 
@@ -44,9 +44,12 @@ class AdaRound(Pass):
     rate: float = 0.05
     drive: float = 0.05
 
+    def check(self) -> None:
+        super().check()
+        if not self.rate > 0 or not self.drive >= 0:
+            raise ArgumentError("pass adaround: rate is positive, drive is not negative")
+
     def run(self, graph: Graph, context: Context) -> Graph:
-        if self.iterations < 1 or not self.rate > 0 or not self.drive >= 0:
-            raise ArgumentError("adaround: iterations and rate are positive, drive is not negative")
         twins = find_twins(graph, context, self.name)
         if twins is None:
             return graph

@@ -1,4 +1,4 @@
-"""equalize: channels between two layers are brought to one range (Nagel et al. 2019, section 4.1)."""
+"""pass equalize: channels between two layers are brought to one range (Nagel et al. 2019, section 4.1)."""
 
 from __future__ import annotations
 
@@ -61,9 +61,12 @@ class Equalize(Pass):
     calibrated = True
     ranges: str = "weights"
 
-    def run(self, graph: Graph, context: Context) -> Graph:
+    def check(self) -> None:
+        super().check()
         if self.ranges not in RANGES:
-            raise ArgumentError(f"equalize: ranges is {self.ranges!r}", hint=f"one of {', '.join(RANGES)}")
+            raise ArgumentError(f"pass equalize: ranges is {self.ranges!r}", hint=f"one of {', '.join(RANGES)}")
+
+    def run(self, graph: Graph, context: Context) -> Graph:
         links = [link for link in _links(graph, context) if context.spend(self.name, link.second)]
         if self.ranges == RANGES[1] or (context.calibration and any(link.clamp for link in links)):
             check_calibration(graph, context, self.name)

@@ -54,7 +54,8 @@ class Quantize(Pass):
     budget: float = math.inf
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        self._check(context)
+        if math.isfinite(self.budget) and context.metric is None:
+            raise ArgumentError("quantize: a budget needs a metric", hint="paring.compile(..., metric=f), higher is better")
         flow, skip = Flow(graph), Names(self.skip)
         units = find_units(flow, skip)
         _check_names(graph, skip)
@@ -73,20 +74,18 @@ class Quantize(Pass):
             context.promise = Lossy("noise", output_noise(graph, after, context))
         return after
 
-    def _check(self, context: Context) -> None:
-        """Raise ArgumentError for an option out of range."""
+    def check(self) -> None:
+        super().check()
         make_observer(self.calibrator, percentile=self.percentile, momentum=self.momentum)
         most_of(self.bits)
         choices = {"activations": BYTES, "weights": WEIGHTS, "weight_range": METHODS, "scan": KINDS}
         for option, known in choices.items():
             if getattr(self, option) not in known:
-                raise ArgumentError(f"quantize: {option} is {getattr(self, option)!r}", hint=f"one of {', '.join(known)}")
+                raise ArgumentError(f"pass quantize: {option} is {getattr(self, option)!r}", hint=f"one of {', '.join(known)}")
         if math.isnan(self.budget) or self.budget < 0:
-            raise ArgumentError(f"quantize: budget is {self.budget}", hint="how far the metric may fall: 0 or more")
-        if math.isfinite(self.budget) and context.metric is None:
-            raise ArgumentError("quantize: a budget needs a metric", hint="paring.compile(..., metric=f), higher is better")
+            raise ArgumentError(f"pass quantize: budget is {self.budget}", hint="how far the metric may fall: 0 or more")
         if math.isfinite(self.budget) and self.scan == "none":
-            raise ArgumentError("quantize: a budget needs a scan", hint="scan='layer' or scan='network'")
+            raise ArgumentError("pass quantize: a budget needs a scan", hint="scan='layer' or scan='network'")
 
     def _recipe(self, flow: Flow, units: Sequence[Unit], context: Context) -> Recipe:
         """Integers of all weights and ranges of all values; units with a value that is not finite stay float."""

@@ -1,4 +1,4 @@
-"""smooth: outliers of activations move into the weights that read them (Xiao et al. 2023, "SmoothQuant")."""
+"""pass smooth: outliers of activations move into the weights that read them (Xiao et al. 2023, "SmoothQuant")."""
 
 from __future__ import annotations
 
@@ -49,9 +49,12 @@ class Smooth(Pass):
     calibrated = True
     strength: float = 0.5
 
-    def run(self, graph: Graph, context: Context) -> Graph:
+    def check(self) -> None:
+        super().check()
         if not 0 <= self.strength <= 1:
-            raise ArgumentError(f"smooth: strength is {self.strength}", hint="between 0 and 1")
+            raise ArgumentError(f"pass smooth: strength is {self.strength}", hint="between 0 and 1")
+
+    def run(self, graph: Graph, context: Context) -> Graph:
         groups = _groups(graph, context)
         if not groups:
             return graph

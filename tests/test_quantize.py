@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.fast
 FOLDER = Path(__file__).parent / "golden" / "lossy"
 FILES = sorted(FOLDER.glob("*.ir"))
 CUT = "# ----\n"
+SECONDS_FOR_3000_NODES = 30.0
 Batches = list[list[Array]]
 
 
@@ -346,6 +348,30 @@ def test_units_have_unique_names_and_share_no_node() -> None:
 def test_layers_are_skipped_by_path_and_by_pattern(skip: str, left: int) -> None:
     result = run(chain(depth=5), f"quantize{{skip='{skip}'}}")
     assert sum(map(is_quantized_weight, result.graph.nodes())) == left
+
+
+def test_only_a_concat_that_a_unit_reads_ties_its_operands() -> None:
+    rng = np.random.default_rng(0)
+    x = Node(Input("x", "float32", (1, 4, 3, 3)))
+    small, large = layer(rng, x, 4, "small"), layer(rng, x, 4, "large")
+    large = large.with_inputs([x, Node(Const(large.inputs[1].op.value * 100)), *large.inputs[2:]])
+    outputs = [layer(rng, y, 2, f"after.{i}") for i, y in enumerate((small, large))]
+    joined = Node(shape.Concat(1), [small, large])
+    for reader in (Node(unary.Exp(), [joined]), layer(rng, joined, 2, "both")):
+        after = run(Graph((x,), (*outputs, reader)), "quantize").graph
+        scales = {n.op.scale for n in after.nodes() if is_pair(n) and n.inputs[0].inputs[0] is not after.inputs[0]}
+        assert len(scales) == (2 if isinstance(reader.op, unary.Exp) else 1)
+
+
+def test_thousands_of_nodes_take_seconds() -> None:
+    def seconds(depth: int) -> float:
+        graph = chain(depth=depth)
+        start = time.perf_counter()
+        run(graph, "equalize, quantize{scan='none'}", batches_for(graph, 1))
+        return time.perf_counter() - start
+
+    seconds(20)
+    assert seconds(800) < SECONDS_FOR_3000_NODES
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

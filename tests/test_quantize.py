@@ -293,7 +293,8 @@ def test_the_scan_names_the_poisoned_layer(number: int, scan: str) -> None:
     assert name in str(result.ledger)
 
 
-def test_a_budget_leaves_the_poisoned_layer_in_float() -> None:
+@pytest.mark.parametrize("scan", ["layer", "network", "metric"])
+def test_a_budget_leaves_the_poisoned_layer_in_float(scan: str) -> None:
     graph = poisoned(3)
     calibration = batches_for(graph, 4, exact=False)
 
@@ -303,7 +304,7 @@ def test_a_budget_leaves_the_poisoned_layer_in_float() -> None:
     lost = -metric(run(graph, "quantize", calibration).graph)
     budget = -1.1 * metric(run(graph, "quantize{skip='body.3.second'}", calibration).graph)
     assert budget < lost / 2
-    result = run(graph, f"quantize{{budget={budget}}}", calibration, metric=metric)
+    result = run(graph, f"quantize{{budget={budget}, scan='{scan}'}}", calibration, metric=metric)
     (entry,) = result.ledger.entries
     assert -metric(result.graph) <= budget
     assert entry.metric == metric(result.graph)
@@ -311,6 +312,7 @@ def test_a_budget_leaves_the_poisoned_layer_in_float() -> None:
     left = next(note for note in entry.notes if note.startswith("left in float"))
     assert "body.3.second " in left
     assert left.count(" dB") < len(entry.sqnr) / 2
+    assert any("lowest: body.3.second " in note for note in entry.notes) == (scan == "metric")
     nothing = run(graph, "quantize{bits=2, budget=0.0}", calibration, metric=metric)
     assert metric(nothing.graph) == 0
 
@@ -425,6 +427,8 @@ def test_bad_calibration_data_are_refused(make: Callable[[Graph], Batches], erro
         ("percentile=200.0", "percentile is 200"),
         ("budget=-1", "budget is -1"),
         ("budget=0.5", "a budget needs a metric"),
+        ("budget=0.5, scan='none'", "a budget needs a scan"),
+        ("scan='metric'", "needs a metric"),
         ("skip='clasifier'", "did you mean 'classifier'"),
         ("skip='body, nowhere.*'", r"'nowhere\.\*', which is no module"),
     ],

@@ -100,9 +100,7 @@ def _verdict(net: Any, example: Any) -> Any:
 def bench(
     suite: Annotated[str, typer.Option(help="cnn or transformer.")] = "cnn",
     models: Annotated[str, typer.Option(help="Models by name, comma-separated, instead of a suite.")] = "",
-    peers: Annotated[
-        str, typer.Option(help="What to compare with, comma-separated; by default all that can.")
-    ] = "",
+    peers: Annotated[str, typer.Option(help="What to compare with, comma-separated; by default all that can.")] = "",
     against: Annotated[str, typer.Option(help="One system to compare with, instead of --peers: tvm-default.")] = "",
     precision: Annotated[str, typer.Option(help="float32 or int8: quantized by each system's own tools.")] = "float32",
     threads: Annotated[int, typer.Option(min=1, help="Threads of each system.")] = 2,

@@ -13,7 +13,7 @@ from paring.ir.op import Array
 from paring.ir.ops import norm
 from paring.ir.ops.core import Const, Input
 from paring.passes.compress.observers import Affine, Observer, affine
-from paring.passes.rewriter import Context
+from paring.passes.rewriter import Context, describe
 
 # Values beyond this are masks: minus infinity written as a finite number.
 FAR = 1e9
@@ -67,6 +67,9 @@ def calibrate(
 
     gather(graph, [node for group in groups for node in group], context, see)
     params: dict[Node, Affine] = {}
+    dead = [describe(g[0]) for g in groups if observers[g[0]].range() == (0.0, 0.0) and not lost & set(g)]
+    if dead:
+        context.notes.append(f"0 throughout calibration, so 8 bits do not know their range: {', '.join(dead)}")
     for group in groups:
         known = _known_range(group)
         low, high = known or observers[group[0]].range()

@@ -14,10 +14,11 @@ from paring.ir.ops.quantized import BYTES
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import calibrate, check_calibration
 from paring.passes.compress.observers import make_observer
-from paring.passes.compress.scan import KINDS, Recipe, output_noise, scan
+from paring.passes.compress.scan import KINDS, Recipe, metrics, output_noise, scan
 from paring.passes.compress.units import LAYERS, Flow, Names, Unit, find_units, insert
 from paring.passes.compress.weights import METHODS, most_of, quantized_weight
 from paring.passes.contract import Lossy
+from paring.passes.ledger import SHOWN_LAYERS
 from paring.passes.rewriter import Context
 
 WEIGHTS = ("channel", "tensor")
@@ -33,9 +34,9 @@ class Quantize(Pass):
     `calibrator`: minmax, ema (with `momentum`), percentile (with `percentile`), kl or mse. `activations`: uint8 or int8.
     `weights`: one scale for each output channel, or one for the tensor; `bits` 2 to 8; `weight_range`: minmax or mse.
     `skip`: module paths and glob patterns, with commas: these layers stay float.
-    `scan`: the SQNR in the ledger is of each layer's own result (layer), of the network's outputs when only this layer is
-    quantized (network), or not computed (none). `budget`: the worst layers by that figure stay float until the metric has
-    fallen by at most so much.
+    `scan`: how bad a layer is: by the SQNR of its own result (layer), by that of the network's outputs when only this layer
+    is quantized (network), by the metric then (metric), or not looked at (none). `budget`: the worst layers by that figure
+    stay float until the metric has fallen by at most so much.
     """
 
     name = "quantize"
@@ -54,7 +55,9 @@ class Quantize(Pass):
     budget: float = math.inf
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        self._check(context)
+        if context.metric is None and (math.isfinite(self.budget) or self.scan == "metric"):
+            what = "a budget" if math.isfinite(self.budget) else "scan='metric'"
+            raise ArgumentError(f"quantize: {what} needs a metric", hint="paring.compile(..., metric=f), higher is better")
         flow, skip = Flow(graph), Names(self.skip)
         units = find_units(flow, skip)
         _check_names(graph, skip)
@@ -63,30 +66,33 @@ class Quantize(Pass):
         check_calibration(graph, context, self.name)
         recipe = self._recipe(flow, units, context)
         ratios = scan(recipe, self.scan, context)
-        left = self._left_in_float(recipe, ratios, context)
+        figures = metrics(recipe, context) if self.scan == "metric" else ratios
+        worst = sorted(recipe.units, key=lambda unit: (figures.get(unit.name, 0.0), ratios.get(unit.name, 0.0)))
+        left = self._left_in_float(recipe, worst, context)
         chosen = [unit for unit in recipe.units if unit not in left]
         context.sqnr.update(ratios)
         context.notes.extend(_notes(graph, chosen, left, ratios, self))
+        if self.scan == "metric":
+            shown = ", ".join(f"{unit.name} {figures[unit.name]:g}" for unit in worst[:SHOWN_LAYERS])
+            context.notes.append(f"metric when only one layer is quantized, lowest: {shown}")
         after = self._apply(recipe, chosen, context)
         context.promise = Lossy("metric", self.budget)
         if math.isinf(self.budget):
             context.promise = Lossy("noise", output_noise(graph, after, context))
         return after
 
-    def _check(self, context: Context) -> None:
-        """Raise ArgumentError for an option out of range."""
+    def check(self) -> None:
+        super().check()
         make_observer(self.calibrator, percentile=self.percentile, momentum=self.momentum)
         most_of(self.bits)
         choices = {"activations": BYTES, "weights": WEIGHTS, "weight_range": METHODS, "scan": KINDS}
         for option, known in choices.items():
             if getattr(self, option) not in known:
-                raise ArgumentError(f"quantize: {option} is {getattr(self, option)!r}", hint=f"one of {', '.join(known)}")
+                raise ArgumentError(f"pass quantize: {option} is {getattr(self, option)!r}", hint=f"one of {', '.join(known)}")
         if math.isnan(self.budget) or self.budget < 0:
-            raise ArgumentError(f"quantize: budget is {self.budget}", hint="how far the metric may fall: 0 or more")
-        if math.isfinite(self.budget) and context.metric is None:
-            raise ArgumentError("quantize: a budget needs a metric", hint="paring.compile(..., metric=f), higher is better")
+            raise ArgumentError(f"pass quantize: budget is {self.budget}", hint="how far the metric may fall: 0 or more")
         if math.isfinite(self.budget) and self.scan == "none":
-            raise ArgumentError("quantize: a budget needs a scan", hint="scan='layer' or scan='network'")
+            raise ArgumentError("pass quantize: a budget needs a scan", hint="scan='layer', 'network' or 'metric'")
 
     def _recipe(self, flow: Flow, units: Sequence[Unit], context: Context) -> Recipe:
         """Integers of all weights and ranges of all values; units with a value that is not finite stay float."""
@@ -102,11 +108,10 @@ class Quantize(Pass):
     def _weight(self, unit: Unit) -> Node:
         return quantized_weight(unit.anchor.inputs[1], self.bits, self.weights == WEIGHTS[0], self.weight_range, unit.name)
 
-    def _left_in_float(self, recipe: Recipe, ratios: dict[str, float], context: Context) -> list[Unit]:
+    def _left_in_float(self, recipe: Recipe, worst: list[Unit], context: Context) -> list[Unit]:
         """As few of the worst units as keep the metric within the budget, found by bisection."""
         if math.isinf(self.budget) or context.metric is None:
             return []
-        worst = sorted(recipe.units, key=lambda unit: ratios[unit.name])
         wanted = context.metric(recipe.flow.graph) - self.budget
         least, most = 0, len(worst)
         while least < most:
@@ -139,7 +144,7 @@ def _notes(graph: Graph, chosen: Sequence[Unit], left: Sequence[Unit], ratios: d
     total = sum(node.op.macs(node.type, *(i.type for i in node.inputs)) for node in graph.nodes())
     notes = [f"{sum(unit.macs for unit in chosen) / total:.1%} of multiply-adds on 8 bits"] if total else []
     if ratios:
-        what = "its own result" if settings.scan == "layer" else "the outputs when only it is quantized"
+        what = "the outputs when only it is quantized" if settings.scan == "network" else "its own result"
         notes.append(f"SQNR of a layer: of {what}")
     if left:
         names = ", ".join(f"{unit.name} ({ratios[unit.name]:.1f} dB)" for unit in left)

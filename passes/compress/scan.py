@@ -17,7 +17,7 @@ from paring.passes.compress.observers import Affine
 from paring.passes.compress.units import Flow, Inserted, Unit, insert
 from paring.passes.rewriter import Context
 
-KINDS = ("layer", "network", "none")
+KINDS = ("layer", "network", "metric", "none")
 # How many batches are looked at: values of all nodes are kept, and the interpreter runs them.
 BATCHES = 4
 # Where there is no noise at all; so that every figure is finite.
@@ -71,8 +71,8 @@ class Ratio:
 def scan(recipe: Recipe, kind: str, context: Context) -> dict[str, float]:
     """The SQNR (dB) of each unit by name, over the first batches.
 
-    `layer`: of the unit's own result, with operands of the float network. `network`: of the network's outputs when only this
-    unit is quantized; this runs half the network for each unit.
+    `network`: of the network's outputs when only this unit is quantized; this runs half the network for each unit. Otherwise
+    of the unit's own result, with operands of the float network.
     """
     ratios = {unit: Ratio() for unit in recipe.units}
     batches = context.calibration[:BATCHES] if kind != "none" else ()
@@ -82,7 +82,7 @@ def scan(recipe: Recipe, kind: str, context: Context) -> dict[str, float]:
         for unit, ratio in ratios.items():
             context.tell("scan", done, total)
             done += 1
-            if kind == "layer":
+            if kind != "network":
                 ratio.add(known[unit.end], alone(recipe, unit, known))
                 continue
             graph = recipe.apply([unit]).graph
@@ -90,6 +90,15 @@ def scan(recipe: Recipe, kind: str, context: Context) -> dict[str, float]:
             for node, output in zip(recipe.flow.graph.outputs, found, strict=True):
                 ratio.add(known[node], output)
     return {unit.name: ratio.db for unit, ratio in ratios.items()} if batches else {}
+
+
+def metrics(recipe: Recipe, context: Context) -> dict[str, float]:
+    """The user's metric when only one unit is quantized, by name."""
+    found = {}
+    for number, unit in enumerate(recipe.units):
+        context.tell("scan", number, len(recipe.units))
+        found[unit.name] = context.metric(recipe.apply([unit]).graph) if context.metric else 0.0
+    return found
 
 
 def alone(recipe: Recipe, unit: Unit, known: Mapping[Node, Array]) -> Array:

@@ -118,17 +118,27 @@ class Flow:
         """What 8 bits carry when this unit runs on integers: the values that its operands come from."""
         return [s for i in self.operands(unit) for s in self.origins[i] if s.type.dtype == "float32"]
 
+    def _passed(self, operands: Iterable[Node]) -> list[Node]:
+        """What lies between operands and the values that they come from, in order."""
+        stack, found = [i for i in operands if moves(i)], set[Node]()
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack.extend(i for i in node.inputs if moves(i))
+        return sorted(found, key=self.order.__getitem__)
+
     def groups(self, units: Iterable[Unit]) -> list[tuple[Node, ...]]:
         """All values that 8 bits carry, those of one concat together: they share parameters.
 
         What no unit reads stays float: a graph output, and what is computed for a layer that stays float.
         """
-        groups = {value: [value] for unit in units for value in self.values_of(unit)}
-        for node in self.order:
+        chosen = list(units)
+        groups = {value: [value] for unit in chosen for value in self.values_of(unit)}
+        for node in self._passed(operand for unit in chosen for operand in self.operands(unit)):
             members = self.origins[node] if isinstance(node.op, shape.Concat) else ()
-            if len(members) > 1 and all(m in groups for m in members):
-                joined = list(dict.fromkeys(n for m in members for n in groups[m]))
-                groups.update((n, joined) for n in joined)
+            joined = list(dict.fromkeys(n for m in members for n in groups.get(m, ())))
+            groups.update((n, joined) for n in joined)
         distinct = {id(group): tuple(sorted(group, key=self.order.__getitem__)) for group in groups.values()}
         return sorted(distinct.values(), key=lambda group: self.order[group[0]])
 

@@ -200,7 +200,8 @@ class _Reader:
                 return _WORDS[token.text]
             if token.text in ("inf", "nan"):
                 return math.inf if token.text == "inf" else math.nan
-            raise self.error(f"{token.text!r} is not a literal", token)
+            near = token.text.capitalize()
+            raise self.error(f"{token.text!r} is not a literal" + (f", {near} is" if near in _WORDS else ""), token)
         self.expect("mark", "(")
         items: list[object] = []
         while not self.accept("mark", ")"):

@@ -64,6 +64,8 @@ class Fuse(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         groups = self._group(graph, context)
+        # Found from the outputs back, read from the inputs on.
+        context.declined.reverse()
         return _rebuild(graph, groups) if context.rewrites else graph
 
     def _group(self, graph: Graph, context: Context) -> dict[Node, _Group]:

@@ -40,6 +40,10 @@ def make():
 def by_name():
     torch.manual_seed(0)
     return Net().eval(), {"x": torch.randn(1, 3, 8, 8), "scale": torch.tensor(2.0)}
+
+def both():
+    torch.manual_seed(0)
+    return Net().eval(), (torch.randn(1, 3, 8, 8),), {"scale": torch.tensor(2.0)}
 """
 
 BAD_MODELS = """
@@ -53,6 +57,9 @@ def lonely():
 
 def triple():
     return 1, 2, 3
+
+def quadruple():
+    return 1, 2, 3, 4
 
 def odd_inputs():
     return 1, 2

@@ -96,6 +96,25 @@ def test_passes() -> None:
     for steps in found["pipelines"].values():
         assert ", ".join(map(str, parse_pipeline(steps))) == steps
     assert "canonicalize" in Result("passes").out
+    assert found["here"]["native"] in found["pipelines"]
+    assert f"native ({found['here']['native']} here)" in Result("passes").out
+
+
+@pytest.mark.fast
+def test_a_name_that_holds_what_was_given_is_suggested() -> None:
+    assert "did you mean 'scaled_dot_product_attention'?" in Result("ops", "attention", "--target", "reference").err
+
+
+@pytest.mark.fast
+def test_a_path_that_is_not_there_is_found_out_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from paring.cli import make_app; from typer.testing import CliRunner;"
+        "found = CliRunner().invoke(make_app(), ['run', sys.argv[1]]);"
+        "print(found.exit_code, 'no saved network' in found.output, sorted({'torch', 'tvm'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "no.paring")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["1", "True", "[]"]
 
 
 @pytest.mark.fast
@@ -198,7 +217,8 @@ def test_why_not(dumped: Path, plugin: Path) -> None:
         ("{bad}:number", "not a function"),
         ("{bad}:needs", "without arguments"),
         ("{bad}:lonely", "not (model, example_inputs)"),
-        ("{bad}:triple", "a tuple of 3"),
+        ("{bad}:triple", "a tuple of 3 that ends with a int"),
+        ("{bad}:quadruple", "a tuple of 4"),
         ("{bad}:odd_inputs", "example inputs"),
         ("{bad}:raises", "raised ValueError"),
         ("{bad}:stops", "raised SystemExit"),
@@ -314,33 +334,6 @@ def test_plain_data() -> None:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("options", [["--suite", "cn"], ["--models", "resnet-18"], ["--peers", "egaer"], ["--against", "tvm"]])
-def test_bench_refuses_unknown_names(options: list[str]) -> None:
-    done = Result("bench", *options)
-    assert done.code == 1
-    assert "did you mean" in done.err
-
-
-@pytest.mark.fast
-def test_bench_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[tuple[Any, ...]] = []
-    record = {"model": "resnet18", "suite": "cnn", "precision": "float32", "system": "paring", "threads": 1}
-    times = {"median_ms": 2.0, "min_ms": 1.0, "rounds": 3}
-
-    def run_bench(*arguments: object, **more: object) -> list[dict[str, object]]:
-        asked.append(arguments)
-        return [{**record, **times}]
-
-    monkeypatch.setattr("paring.bench.run.run_bench", run_bench)
-    done = Result("bench", "--models", "resnet18", "--against", "tvm-default", "--threads", 1, "--rounds", 3, "--json", "-")
-    assert done.json() == [{**record, **times}]
-    assert asked == [("cnn", ("resnet18",), ("paring", "tvm-default"), 1, 3, None)]
-    done = Result("bench", "--models", "resnet18", "--json", tmp_path / "r.json")
-    assert "resnet18" in done.out
-    assert asked[-1][-1] == str(tmp_path / "r.json")
-
-
-@pytest.mark.fast
 def test_doctor_fails_only_for_what_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash() -> Finding:
         raise RuntimeError("in the check")
@@ -397,12 +390,23 @@ def test_from_a_model_to_a_saved_network_and_back(model: Path, tmp_path: Path) -
     shown = Result("inspect", saved, "--json").json()
     assert shown["manifest"]["inputs"][0]["shape"] == [1, 3, 8, 8]
     assert "graph(" in Result("inspect", saved, "--ir").out
-    assert "sha256" in Result("inspect", saved).out
+    shown = Result("inspect", saved).out
+    assert "sha256" in shown
+    assert "fired" in shown
+    assert " ms " not in shown
+    refused = Result("run", saved, "--target", "arm")
+    assert (refused.code, "--target arm is of no use" in refused.err) == (1, True)
     done = Result("run", saved, "--seed", 3, "--repeat", 3, "--output", tmp_path / "out", "--json")
     assert [entry["name"] for entry in done.json()["outputs"]] == ["logits", "features"]
     assert np.load(tmp_path / "out" / "000_logits.npy").shape == (1, 5)
     again = Result("run", saved, "--seed", 3, "--rebuild", "--json")
     assert again.json()["outputs"] == done.json()["outputs"]
+    library = (saved / "lib.so").read_bytes()
+    (saved / "lib.so").write_bytes(b"damaged")
+    for command in ("inspect", "run"):
+        damaged = Result(command, saved)
+        assert (damaged.code, "hint: paring run --rebuild" in damaged.err) == (1, True)
+    (saved / "lib.so").write_bytes(library)
     program = saved / "graph.ir"
     program.write_text(program.read_text().replace("float32", "float33"))
     for command in ("inspect", "run"):
@@ -413,6 +417,7 @@ def test_inputs_by_name(model: Path) -> None:
     done = Result("compile", f"{model}:by_name", "--check", "--json")
     assert done.code == 0, done.err
     assert Result("run", f"{model}:by_name", "--json").code == 0
+    assert Result("run", f"{model}:both", "--target", "reference", "--json").code == 0
 
 
 def test_a_factory_of_a_module(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from paring.ir import Graph, Input, Node, interpret, parse, same, show
+from paring.ir import Graph, Input, Loc, Node, interpret, parse, same, show
 from paring.ir.errors import ArgumentError, IRTypeError, ParingError, ParseError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, pool, reduce, shape, unary
@@ -133,7 +133,22 @@ def test_a_folded_value_keeps_its_shape() -> None:
     assert folded.outputs[0].op.name == "const"
 
 
+def test_what_fuse_declines_comes_in_the_order_of_the_program() -> None:
+    x = y = Node(Input("x", "float32", (1, 4, 6, 6)))
+    for number in range(3):
+        weight = constant(np.ones((4, 4, 3, 3), "float32"))
+        product = Node(conv.Conv2d(padding=((1, 1), (1, 1))), (y, weight))
+        y = Node(binary.Add(), (Node(unary.Relu(), (product,)), y), Loc(f"step.{number}"))
+    result = run_pipeline(Graph((x,), (y,)), parse_pipeline("fuse"))
+    assert [rewrite.node.rpartition(" ")[2] for _, rewrite, _ in result.declined] == ["step.0", "step.1"]
+
+
 # --- text -----------------------------------------------------------------------------------------------------------
+
+
+def test_true_in_small_letters_is_set_right() -> None:
+    with pytest.raises(ParseError, match="'true' is not a literal, True is"):
+        parse_pipeline("decompose{attention=true}")
 
 
 @pytest.mark.parametrize("name", PIPELINES)

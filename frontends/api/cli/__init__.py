@@ -24,7 +24,9 @@ def compile_(
     pipeline: Pipeline = None,
     plugin: Plugins = None,
     dump: Dump = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the network here, as NAME.paring.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Save the network in this folder.", metavar="NAME.paring")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Compare with the model's own results; exit 3 if they differ.")] = False,
     device: Device = None,
     seed: Seed = 0,
@@ -160,7 +162,8 @@ def _root(
 ) -> None:
     """Paring pares a network down, and compiles what is left.
 
-    A MODEL is `file.py:factory` or `module:factory`, a function that returns (model, example_inputs), or an .ir dump.
+    A MODEL is `file.py:factory` or `module:factory`, a function that returns (model, example_inputs) or (model, args, kwargs),
+    or an .ir dump.
 
     Exit codes: 0 ok, 1 something you gave is wrong, 2 usage, 3 results differ, 4 a mistake in Paring.
     """

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from paring.cli.frame import MISMATCH, OK, USER, Report, text
 from paring.cli.inputs import check_writable, find
+from paring.ir.errors import ArgumentError
+
+# What a system is imported from, besides what Paring itself needs.
+PACKAGES = {"ort": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}
 
 
 def split(names: str) -> tuple[str, ...]:
     """`a, b` as names."""
     return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def check_installed(models: Sequence[str], systems: Sequence[str]) -> None:
+    """Raise ArgumentError naming all packages that these models and systems need and this machine lacks."""
+    from paring.bench import models as rows
+
+    library = {rows.torchvision_model: "torchvision", rows.timm_model: "timm", rows.transformers_model: "transformers"}
+    needed = [library.get(getattr(rows.MODELS[name].factory, "func", None), "torch") for name in models]
+    needed += [package for name in systems for package in PACKAGES.get(name, ())]
+    lacking = [package for package in dict.fromkeys(needed) if find_spec(package) is None]
+    if lacking:
+        hint = "pip install 'paring[bench]' (in a checkout: make .venv/bench), or choose other --models and --peers"
+        raise ArgumentError(f"the benchmark needs {', '.join(lacking)}", why="not installed", hint=hint)
 
 
 def bench(
@@ -26,7 +44,7 @@ def bench(
     **more: Any,
 ) -> Report:
     """Time models in Paring and its peers side by side; fails where nothing could be timed at all."""
-    from paring.bench.models import MODELS
+    from paring.bench.models import MODELS, suite_models
     from paring.bench.run import host, run_bench, table
     from paring.bench.systems import COMPARED, SYSTEMS
 
@@ -35,6 +53,7 @@ def bench(
         for name in names:
             find(name, known, kind)
     check_writable(file)
+    check_installed(models or suite_models(suite), peers or COMPARED[precision])
     systems = ("paring", *(name for name in peers or COMPARED[precision] if name != "paring"))
     records = run_bench(suite, models, systems, threads, rounds, file, precision=precision, **more)
     view = [table(records), text(f"{host()}; {threads} threads")]
@@ -45,11 +64,12 @@ def bench(
 def coverage(models: Sequence[str], threads: int, file: str | None, *, full: bool) -> Report:
     """Which models come out right; a mismatch where one does not."""
     from paring.bench.coverage import coverage_table, run_coverage
-    from paring.bench.models import MODELS
+    from paring.bench.models import MODELS, suite_models
 
     for name in models:
         find(name, MODELS, "model")
     check_writable(file)
+    check_installed(models or suite_models("coverage"), ())
     results = run_coverage(models, threads, file, full=full)
     data = [{**vars(result), "ok": result.ok} for result in results]
     return Report(data, [coverage_table(results)], OK if all(result.ok for result in results) else MISMATCH)

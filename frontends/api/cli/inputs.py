@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-HOW = "a model is `file.py:factory` or `module:factory`, a function that returns (model, example_inputs), or an .ir dump"
+HOW = (
+    "a model is `file.py:factory` or `module:factory`, a function that returns (model, example_inputs) or (model, args, kwargs), "
+    "or an .ir dump"
+)
 PICKLES = (".pt", ".pt2", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
 
 
@@ -66,16 +69,20 @@ def _check_factory(spec: str, factory: Any) -> None:
 
 
 def _example(spec: str, result: Any) -> Example:
-    if not isinstance(result, tuple) or len(result) != 2:
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
         found = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
         raise ArgumentError(f"{spec} returned {found}, not (model, example_inputs)", hint="end it with: return model, (x,)")
-    model, inputs = result
+    model, inputs, *more = result
+    kwargs = more[0] if more else {}
+    if not isinstance(kwargs, Mapping):
+        what = f"{spec} returned a tuple of 3 that ends with a {type(kwargs).__name__}, not with a dict of keyword inputs"
+        raise ArgumentError(what, hint="end it with: return model, (x,), {'mask': mask}")
     if isinstance(inputs, Mapping):
-        return Example(model, (), dict(inputs))
+        return Example(model, (), {**inputs, **kwargs})
     if isinstance(inputs, tuple | list):
-        return Example(model, tuple(inputs))
+        return Example(model, tuple(inputs), dict(kwargs))
     if hasattr(inputs, "shape") and hasattr(inputs, "dtype"):
-        return Example(model, (inputs,))
+        return Example(model, (inputs,), dict(kwargs))
     what = f"{spec} returned a {type(inputs).__name__} for its example inputs"
     raise ArgumentError(what, hint="a tuple of tensors, or a dict of keyword inputs")
 
@@ -207,7 +214,8 @@ def read_arrays(paths: Sequence[Path]) -> list[Array]:
 def find(name: str, known: Mapping[str, Any], kind: str) -> Any:
     """`known[name]`. Raises ArgumentError with the nearest name."""
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, 0.4)
+        # One that holds the name comes before one that looks like it.
+        near = [each for each in known if name and name in each] or difflib.get_close_matches(name, known, 1, 0.4)
         raise ArgumentError(f"no {kind} {name!r}", hint=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
     return known[name]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from paring.cli.frame import Report, Tell, progress, table, text
-from paring.cli.options import Device, Seed, TargetName
+from paring.cli.options import Device, Seed
 from paring.cli.tables import ledger_table
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def run(
     seed: Seed = 0,
     repeat: Annotated[int, typer.Option(min=0, help="Time this many calls.")] = 0,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each result here, as .npy.")] = None,
-    target: TargetName = "native",
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="What to compile a model for, native if not given.", show_default=False)
+    ] = None,
     device: Device = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Compile a saved network again instead of loading its library.")
@@ -39,6 +42,8 @@ def run(
     from paring.cli.inputs import check_writable
 
     check_writable(output)
+    if _is_artifact(what):
+        _check_artifact(what, target)
     if threads:
         paring.set_num_threads(threads)
     with progress() as tell:
@@ -61,7 +66,7 @@ def run(
 
 
 def _load(
-    what: str, inputs: Sequence[Path], seed: int, target: str, device: str | None, rebuild: bool, tell: Tell
+    what: str, inputs: Sequence[Path], seed: int, target: str | None, device: str | None, rebuild: bool, tell: Tell
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The network and the inputs of its call."""
     import paring
@@ -70,17 +75,45 @@ def _load(
     given = read_arrays(inputs)
     if _is_artifact(what):
         tell(f"loading {what}", 0, 0)
-        net = paring.load(what, rebuild=rebuild, device=device, progress=tell)
+        with _words_of_the_command_line():
+            net = paring.load(what, rebuild=rebuild, device=device, progress=tell)
         return net, tuple(given or random_arrays([node.type for node in net.graph.inputs], seed)), {}
     tell(f"reading {what}", 0, 0)
     example = load_model(what, seed)
-    net = paring.compile(example.model, example.args, example.kwargs, target=target, device=device, progress=tell)
+    net = paring.compile(example.model, example.args, example.kwargs, target=target or "native", device=device, progress=tell)
     return (net, tuple(given), {}) if given else (net, as_arrays(example.args), as_arrays(example.kwargs))
 
 
 def _is_artifact(what: str) -> bool:
     path = Path(what)
     return path.suffix == ".paring" or path.is_dir()
+
+
+def _check_artifact(what: str, target: str | None) -> None:
+    """What can be found out before anything heavy is imported; then TVM, without torch."""
+    from paring.backends import lean
+    from paring.errors import ArgumentError, ArtifactError
+
+    if not Path(what).exists():
+        raise ArtifactError(f"no saved network at {what}", hint=f"it is looked for from {Path.cwd()}")
+    if target is not None:
+        what = f"--target {target} is of no use for {what}"
+        why, hint = "a saved network runs on the target that it was compiled for", "leave --target out, or compile it again"
+        raise ArgumentError(what, why=why, hint=hint)
+    lean.import_tvm()
+
+
+@contextmanager
+def _words_of_the_command_line() -> Iterator[None]:
+    """Hints that name an argument of `load` name the option instead."""
+    from paring.backends.manifest import REBUILD
+    from paring.errors import ArtifactError
+
+    try:
+        yield
+    except ArtifactError as error:
+        error.hint = error.hint.replace(REBUILD, "paring run --rebuild compiles it again from its graph and weights")
+        raise
 
 
 def as_arrays(value: Any) -> Any:
@@ -170,7 +203,8 @@ def inspect(
     import paring
     from paring.passes.ledger import Ledger
 
-    found = paring.inspect(path)
+    with _words_of_the_command_line():
+        found = paring.inspect(path)
     if ir:
         return Report({"path": path, **found}, [text(found["graph"])])
     manifest = found["manifest"]
@@ -182,7 +216,7 @@ def inspect(
         table(str(path), ("", ""), facts),
         table("", ("", "name", "dtype", "shape"), ends),
         table("", ("file", ">bytes", "sha256"), files),
-        ledger_table(Ledger.from_json(found["report"]["ledger"])),
+        ledger_table(Ledger.from_json(found["report"]["ledger"]), times=False),
     ]
     return Report({"path": path, "manifest": manifest, "report": found["report"]}, view)
 

@@ -22,7 +22,10 @@ def passes(
     name: Annotated[str | None, typer.Argument(help="One pass, with its options and rules.", show_default=False)] = None,
     plugin: Plugins = None,
 ) -> Report:
-    """List the passes with their contracts, and the pipeline of each target; or show one pass with its rules."""
+    """List the passes with their contracts, and the pipeline of each target; or show one pass with its rules.
+
+    A target like `native` stands for the best one that this machine runs, which is shown with it.
+    """
     from paring.cli.inputs import find, load_plugins
     from paring.passes.pipelines import LOSSY, PASSES
 
@@ -30,23 +33,23 @@ def passes(
     if name is not None:
         return _one_pass(find(name, known, "pass"))
     rows = [{"name": cls.name, "contract": str(cls.contract), "summary": cls.summary()} for cls in known.values()]
-    pipelines = _target_pipelines()
+    pipelines, here = _target_pipelines()
+    shown = [(name + (f" ({here[name]} here)" if name in here else ""), steps) for name, steps in pipelines.items()]
     view = [
         table("passes", ("name", "contract", "what it does"), [tuple(row.values()) for row in rows]),
-        table("targets", ("name", "pipeline"), pipelines.items()),
+        table("targets", ("name", "pipeline"), shown),
     ]
-    return Report({"passes": rows, "pipelines": pipelines}, view)
+    return Report({"passes": rows, "pipelines": pipelines, "here": here}, view)
 
 
-def _target_pipelines() -> dict[str, str]:
+def _target_pipelines() -> tuple[dict[str, str], dict[str, str]]:
+    """The pipeline of each target, and what names that stand for another target stand for on this machine."""
     from paring.backends import targets
     from paring.passes.pipelines import parse_pipeline, pipeline, show_pipeline
 
-    found = {}
-    for name in targets.names():
-        target = targets.resolve(name)
-        found[name] = show_pipeline(parse_pipeline(pipeline(target.pipeline, target.pipeline_options())))
-    return found
+    resolved = {name: targets.resolve(name) for name in targets.names()}
+    pipelines = {n: show_pipeline(parse_pipeline(pipeline(t.pipeline, t.pipeline_options()))) for n, t in resolved.items()}
+    return pipelines, {name: target.name for name, target in resolved.items() if name != target.name}
 
 
 def _one_pass(cls: type[Pass]) -> Report:
@@ -88,9 +91,9 @@ def ops(
     return report(name, target)
 
 
-def ledger_table(ledger: Ledger) -> Table:
-    """What each pass did."""
-    columns = ("step", "pass", "contract", ">rewrites", ">nodes", ">MMACs", ">weights KiB", ">peak KiB", ">ms")
+def ledger_table(ledger: Ledger, *, times: bool = True) -> Table:
+    """What each pass did, in the columns of the ledger's own text; a saved one has no times."""
+    columns = ("step", "pass", "contract", ">fired", ">nodes", ">MMACs", ">param KiB", ">peak KiB", ">ms")
     rows = [
         (
             e.step,
@@ -105,4 +108,5 @@ def ledger_table(ledger: Ledger) -> Table:
         )
         for e in ledger.entries
     ]
-    return table("", columns, rows)
+    count = len(columns) - (not times)
+    return table("", columns[:count], [row[:count] for row in rows])

@@ -1,0 +1,47 @@
+"""`paring bench`: what it refuses, and what it hands over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_files import Result
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("options", [["--suite", "cn"], ["--models", "resnet-18"], ["--peers", "egaer"], ["--against", "tvm"]])
+def test_bench_refuses_unknown_names(options: list[str]) -> None:
+    done = Result("bench", *options)
+    assert done.code == 1
+    assert "did you mean" in done.err
+
+
+@pytest.mark.fast
+def test_bench_says_what_to_install_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paring.cli.bench.find_spec", lambda name: None if name in ("timm", "openvino", "torchvision") else 1)
+    monkeypatch.setattr("paring.bench.run.run_bench", lambda *a, **k: pytest.fail("it ran"))
+    done = Result("bench", "--models", "resnet18,vit_tiny", "--peers", "ort,openvino")
+    assert done.code == 1
+    assert "torchvision, timm, openvino" in done.err
+    assert "paring[bench]" in done.err
+
+
+@pytest.mark.fast
+def test_bench_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[Any, ...]] = []
+    record = {"model": "resnet18", "suite": "cnn", "precision": "float32", "system": "paring", "threads": 1}
+    times = {"median_ms": 2.0, "min_ms": 1.0, "rounds": 3}
+
+    def run_bench(*arguments: object, **more: object) -> list[dict[str, object]]:
+        asked.append(arguments)
+        return [{**record, **times}]
+
+    monkeypatch.setattr("paring.bench.run.run_bench", run_bench)
+    monkeypatch.setattr("paring.cli.bench.find_spec", lambda name: name)
+    done = Result("bench", "--models", "resnet18", "--against", "tvm-default", "--threads", 1, "--rounds", 3, "--json", "-")
+    assert done.json() == [{**record, **times}]
+    assert asked == [("cnn", ("resnet18",), ("paring", "tvm-default"), 1, 3, None)]
+    done = Result("bench", "--models", "resnet18", "--json", tmp_path / "r.json")
+    assert "resnet18" in done.out
+    assert asked[-1][-1] == str(tmp_path / "r.json")

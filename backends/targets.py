@@ -76,6 +76,24 @@ _AVX512 = Target(
     l2=1024 * 1024,
 )
 
+_ARM64 = Target(
+    "arm",
+    "aarch64",
+    "cortex-a76",
+    _ARM,
+    elf_machine=183,
+    lanes=4,
+    registers=32,
+    block=8,
+    dot="sdot",
+    group=4,
+    l1=64 * 1024,
+    needs=("asimddp", "asimdhp", "atomics"),
+    device="",
+    linker="aarch64-linux-gnu-g++",
+    linker_package="g++-aarch64-linux-gnu",
+)
+
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
@@ -90,27 +108,14 @@ TARGETS: dict[str, Target] = {
             features=(*_AVX512.features, "+avx512vnni"),
             needs=(*_AVX512.needs, "avx512_vnni"),
         ),
-        Target(
-            "arm",
-            "aarch64",
-            "cortex-a76",
-            _ARM,
-            elf_machine=183,
-            lanes=4,
-            registers=32,
-            block=8,
-            l1=64 * 1024,
-            needs=("asimddp", "asimdhp", "atomics"),
-            device="",
-            linker="aarch64-linux-gnu-g++",
-            linker_package="g++-aarch64-linux-gnu",
-        ),
+        _ARM64,
+        replace(_ARM64, name="arm-neon", cpu="cortex-a72", dot="widen", needs=("asimd",)),
     )
 }
 
 # Names that stand for the best entry this host can run, first match wins.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "native": ("x86-vnni", "x86-avx512", "x86-avx2-vnni", "x86-avx2", "arm"),
+    "native": ("x86-vnni", "x86-avx512", "x86-avx2-vnni", "x86-avx2", "arm", "arm-neon"),
     "x86": ("x86-vnni", "x86-avx512", "x86-avx2-vnni", "x86-avx2"),
 }
 

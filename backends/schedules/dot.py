@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, splat
@@ -69,19 +70,26 @@ class _Bytes(Dot):
 
 
 @dataclass(frozen=True)
-class Vnni(_Bytes):
-    """vpdpbusd: unsigned times signed bytes, summed in int32 without saturation on the way.
+class _OneSign(_Bytes):
+    """Base of instructions that take pixels of one sign only.
 
-    Signed pixels go in with 128 added (their highest bit flipped). So that this can be taken off again, 128 for every channel
-    must have been added alike to all sums.
+    Those of the other go in with their highest bit flipped, 128 more or less. So that this can be taken off again, it must have
+    been added alike to all sums.
     """
+
+    takes_signed = False
 
     @property
     def uniform(self) -> bool:
-        return self.signed
+        return self.signed != self.takes_signed
 
     def code(self, pixel: Value) -> Value:
-        return pixel ^ constant(-0x7F7F7F80, "int32") if self.signed else pixel
+        return pixel ^ constant(-0x7F7F7F80, "int32") if self.uniform else pixel
+
+
+@dataclass(frozen=True)
+class Vnni(_OneSign):
+    """x86's vpdpbusd: unsigned times signed bytes, summed in int32 without saturation on the way."""
 
     def add(self, sums: Value, pixel: Value, weights: Value) -> Value:
         lanes = lanes_in(sums)
@@ -90,8 +98,43 @@ class Vnni(_Bytes):
 
 
 @dataclass(frozen=True)
+class Sdot(_OneSign):
+    """ARM's sdot: signed bytes, four int32 sums at a time."""
+
+    takes_signed = True
+
+    def add(self, sums: Value, pixel: Value, weights: Value) -> Value:
+        lanes = lanes_in(sums)
+        if lanes > 4:
+            halves = [(_part(sums, h, lanes // 2), _part(weights, h, 2 * lanes)) for h in range(2)]
+            return tirx.Shuffle([self.add(s, pixel, w) for s, w in halves], [tirx.const(i, "int32") for i in range(lanes)])
+        name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        return _intrinsic(name, sums, reinterpret(splat(pixel, lanes), "int8", lanes=4 * lanes), weights)
+
+
+@dataclass(frozen=True)
+class Widen(_Bytes):
+    """No instruction of its own: each byte is multiplied as an int32."""
+
+    def add(self, sums: Value, pixel: Value, weights: Value) -> Value:
+        lanes = lanes_in(sums)
+        for place in range(self.depth):
+            byte = (pixel >> 8 * place) & 255
+            # Sign extension of 8 bits.
+            byte = (byte ^ 128) - 128 if self.signed else byte
+            weight = tirx.Shuffle([weights], [tirx.const(place + 4 * i, "int32") for i in range(lanes)]).astype(f"int32x{lanes}")
+            sums = sums + splat(byte, lanes) * weight
+        return sums
+
+
+def _part(vector: Value, number: int, lanes: int) -> Value:
+    """So many neighbouring lanes of a vector."""
+    return tirx.Shuffle([vector], [tirx.const(number * lanes + i, "int32") for i in range(lanes)])
+
+
+@dataclass(frozen=True)
 class Madd(_Bytes):
-    """vpmaddwd: bytes widened to 16 bits, even and odd channels apart. Nothing can saturate (2 * 255 * 128 < 2^31)."""
+    """x86's vpmaddwd: bytes widened to 16 bits, even and odd channels apart. Nothing can saturate (2 * 255 * 128 < 2^31)."""
 
     NAMES = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
@@ -118,7 +161,7 @@ def _intrinsic(name: str, *operands: Value, like: Value | None = None) -> Value:
     return T.call_llvm_pure_intrin(str((operands[0] if like is None else like).ty.dtype), name, *operands)
 
 
-INTEGER: dict[str, type[_Bytes]] = {"vnni": Vnni, "madd": Madd}
+INTEGER: dict[str, type[_Bytes]] = {"vnni": Vnni, "madd": Madd, "sdot": Sdot, "widen": Widen}
 
 
 def dot_for(dtype: str, target: Target) -> Dot | None:

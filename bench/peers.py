@@ -91,9 +91,13 @@ def inductor(model: torch.nn.Module, inputs: Inputs, threads: int) -> Run:
 def ort(model: torch.nn.Module, inputs: Inputs, threads: int) -> Run:
     import torch
 
-    runtime: Any = import_module("onnxruntime")
     program: Any = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
-    content = program.model_proto.SerializeToString()
+    return ort_sessions(program.model_proto.SerializeToString(), inputs, threads)
+
+
+def ort_sessions(content: bytes, inputs: Inputs, threads: int) -> Run:
+    """An ONNX model in ONNX Runtime, its threads spinning or not."""
+    runtime: Any = import_module("onnxruntime")
 
     def bind(spinning: str) -> Run:
         options = runtime.SessionOptions()
@@ -112,12 +116,17 @@ def openvino(model: torch.nn.Module, inputs: Inputs, threads: int) -> Run:
     import torch
 
     ov: Any = import_module("openvino")
+    return openvino_request(ov.convert_model(torch.export.export(model, inputs)), inputs, threads)
+
+
+def openvino_request(converted: Any, inputs: Inputs, threads: int) -> Run:
+    """An OpenVINO model on the CPU, inputs and outputs shared with it."""
+    ov: Any = import_module("openvino")
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32",
     }
-    converted = ov.convert_model(torch.export.export(model, inputs))
     request = ov.Core().compile_model(converted, "CPU", settings).create_infer_request()
     for index, x in enumerate(inputs):
         request.set_input_tensor(index, ov.Tensor(x.numpy(), shared_memory=True))

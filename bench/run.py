@@ -25,10 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from paring.bench.models import MODELS, suite_models
-from paring.bench.peers import PEERS
 from paring.bench.protocol import Child, ChildError
-
-SYSTEMS = ("paring", "eager", "inductor", "ort", "openvino")
+from paring.bench.systems import COMPARED, SYSTEMS, at_precision
 
 
 class _Failure(TypedDict, total=False):
@@ -74,21 +72,26 @@ class Protocol:
 def run_bench(
     suite: str | None = None,
     models: Sequence[str] = (),
-    systems: Sequence[str] = SYSTEMS,
+    systems: Sequence[str] = (),
     threads: int = 2,
     rounds: int = 5,
     json_path: str | os.PathLike[str] | None = None,
     *,
+    precision: str = "float32",
     seconds: float = 1.0,
     patience_s: float = 5.0,
     prepare_s: float = 900.0,
     small: bool = False,
     console: Console | None = None,
 ) -> list[Record]:
-    """Time `models`, or those of `suite`, in each of `systems`; `json_path` is brought up to date after each model."""
+    """Time `models`, or those of `suite`, in each of `systems`; `json_path` is brought up to date after each model.
+
+    At `precision` int8 each system quantizes the model with its own tools, and Paring's float32 is timed beside them.
+    Raises KeyError for names that are not there, ValueError for numbers out of range.
+    """
     names = tuple(models) or suite_models(suite or "cnn")
     _known("model", names, MODELS)
-    _known("system", systems, PEERS)
+    systems = at_precision(systems or ("paring", *COMPARED.get(precision, ())), precision)
     if rounds < 1 or threads < 1:
         raise ValueError(f"rounds and threads must be at least 1, not {rounds} and {threads}")
     protocol = Protocol(threads, rounds, seconds, prepare_s, patience_s=patience_s)
@@ -166,7 +169,7 @@ class _Run:
         record: Record = {
             "model": name,
             "suite": MODELS[name].suite,
-            "precision": PEERS[system].precision,
+            "precision": SYSTEMS[system].precision,
             "system": system,
             "threads": self.protocol.threads,
             "median_ms": median(median(each) for each in times) if complete else None,
@@ -222,7 +225,8 @@ def table(records: Sequence[Record]) -> Table:
 def compare(row: Iterable[Record]) -> tuple[str | None, float | None]:
     """The fastest peer, and its median over paring's: above 1, paring is faster."""
     medians = {record["system"]: record["median_ms"] for record in row}
-    ours = medians.pop("paring", None)
+    own = medians.pop("paring", None)
+    ours = medians.pop("paring-int8", own)
     peers = {system: time for system, time in medians.items() if time is not None}
     best = min(peers, key=lambda system: peers[system]) if peers else None
     return best, peers[best] / ours if best is not None and ours is not None else None
@@ -262,8 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="paring bench", description=__doc__)
     parser.add_argument("--suite", default="cnn", help="cnn, transformer or coverage")
     parser.add_argument("--models", default="", help="names, comma-separated, instead of a suite")
-    parser.add_argument("--peers", default=",".join(SYSTEMS[1:]), help="systems, comma-separated")
+    parser.add_argument("--peers", default="", help="systems, comma-separated; by default all that have the precision")
     parser.add_argument("--against", help="one system to compare with, instead of --peers")
+    parser.add_argument("--precision", default="float32", choices=COMPARED)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a round")
@@ -276,10 +281,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = run_bench(
         options.suite,
         [name for name in options.models.split(",") if name],
-        ["paring", *(name for name in peers if name != "paring")],
+        ["paring", *(name for name in peers or COMPARED[options.precision] if name != "paring")],
         options.threads,
         options.rounds,
         options.json,
+        precision=options.precision,
         seconds=options.seconds,
         patience_s=options.patience,
         small=options.small,

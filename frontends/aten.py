@@ -6,7 +6,7 @@ To support an operator add a row to the table of its family; torch's own decompo
 
 from __future__ import annotations
 
-from paring.frontends import aten_elementwise, aten_nn, aten_pool, aten_reduce, aten_shape
+from paring.frontends import aten_elementwise, aten_nn, aten_pool, aten_quantized, aten_reduce, aten_shape
 from paring.frontends.aten_builder import Table
 
 TABLE: Table = {
@@ -15,4 +15,5 @@ TABLE: Table = {
     **aten_reduce.TABLE,
     **aten_nn.TABLE,
     **aten_pool.TABLE,
+    **aten_quantized.TABLE,
 }

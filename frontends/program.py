@@ -27,6 +27,7 @@ from paring.ir import Graph, Input, Loc, Node, TensorType
 from paring.ir.errors import InternalError, IRTypeError, ModelError, UnsupportedOpsError
 
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+OBSERVER = "aten._fused_moving_avg_obs_fq_helper_functional.default"
 SHOWN_LINES = 5
 
 
@@ -279,11 +280,17 @@ def check_tensor(tensor: torch.Tensor, name: str) -> None:
         raise ModelError(f"{name}: {error}", where=name, hint="use float32, int64, int32 or bool") from None
 
 
+def _of_observer(node: torch.fx.Node) -> bool:
+    """Whether a value is the state of an observer, which is imported only where it is switched off."""
+    return node.target is operator.getitem and operator_name(node.args[0].target) == OBSERVER  # type: ignore[union-attr]
+
+
 def check_mutations(program: torch.export.ExportedProgram) -> None:
     """Raise ModelError where a call would change the model or its inputs: a compiled network keeps no state."""
     buffers, inputs = [], []
+    nodes = {node.name: node for node in program.graph.nodes}
     for spec in program.graph_signature.output_specs:
-        if spec.kind is OutputKind.BUFFER_MUTATION:
+        if spec.kind is OutputKind.BUFFER_MUTATION and not _of_observer(nodes[spec.arg.name]):
             buffers.append(str(spec.target))
         elif spec.kind is OutputKind.USER_INPUT_MUTATION:
             inputs.append(str(spec.target))

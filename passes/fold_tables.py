@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from paring.ir.graph import Graph, Node
@@ -13,7 +15,7 @@ from paring.ir.ops.quantized import BYTES, limits
 from paring.passes.contract import Exact
 from paring.passes.pattern import Match, Rule, any_, op
 from paring.passes.qdq import affine_of, is_dequantize, narrowed, quantized_of, spread, steps_per_unit
-from paring.passes.util import constant, splat_value
+from paring.passes.util import constant, is_const, splat_value
 
 LONGEST = 64
 
@@ -36,7 +38,9 @@ def table_of(root: Node) -> tuple[Node, Array] | None:
     for node in (*chain, root):
         if node in new:
             continue
-        if isinstance(node.op, ELEMENTWISE):
+        if isinstance(node.op, quantized.Lookup):
+            new[node] = Node(node.op, (new[node.inputs[0]], node.inputs[1]))
+        elif isinstance(node.op, ELEMENTWISE):
             new[node] = Node(node.op, [new[operand] for operand in node.inputs])
         else:
             value = np.array(splat_value(node)).astype(node.type.dtype)
@@ -44,8 +48,13 @@ def table_of(root: Node) -> tuple[Node, Array] | None:
     return sources[0], interpret(Graph((given,), (new[root],)), [all_values(given.type.dtype)])[0]
 
 
+def _is_table(node: Node) -> bool:
+    return isinstance(node.op, quantized.Lookup) and is_const(node.inputs[1])
+
+
 def _is_source(node: Node) -> bool:
-    return node.type.dtype in BYTES and splat_value(node) is None
+    known = _is_table(node) or isinstance(node.op, unary.Clamp) or splat_value(node) is not None
+    return node.type.dtype in BYTES and not known
 
 
 def _collect(node: Node, chain: dict[Node, None]) -> bool:
@@ -53,9 +62,10 @@ def _collect(node: Node, chain: dict[Node, None]) -> bool:
     if node in chain:
         return True
     if not _is_source(node) and splat_value(node) is None:
-        if not isinstance(node.op, ELEMENTWISE) or len(chain) >= LONGEST:
+        operands = node.inputs[:1] if _is_table(node) else node.inputs
+        if not (_is_table(node) or isinstance(node.op, ELEMENTWISE)) or len(chain) >= LONGEST:
             return False
-        if not all(_collect(operand, chain) for operand in node.inputs):
+        if not all(_collect(operand, chain) for operand in operands):
             return False
     chain[node] = None
     return len(chain) <= LONGEST
@@ -95,7 +105,10 @@ def change_steps(m: Match) -> Node | None:
     rounding = quantized.Requantize(quantize.zero_point, quantize.dtype, *narrowed(quantize.dtype, table.min(), table.max()))
     values = all_values(x.type.dtype)
     factors = [value.astype(np.float32).reshape(()) for value in (affine.factor, affine.shift)]
-    if affine.x is not x or not np.array_equal(rounding.ref(values, *(np.full(256, f) for f in factors)), table):
+    bare = affine.x
+    while isinstance(bare.op, unary.Clamp):
+        (bare,) = bare.inputs
+    if bare is not x or not np.array_equal(rounding.ref(values, *(np.full(256, f) for f in factors)), table):
         return m.decline("a requantize rounds some value in another way")
     return m.make(rounding, x, *(spread(m, value, m.root.type) for value in factors))
 
@@ -104,6 +117,18 @@ def look_up(m: Match) -> Node | None:
     """quantize(f(dequantize(x))), f elementwise -> lookup(x, table of f)"""
     found = table_of(m.root)
     return None if found is None else m.make(quantized.Lookup(), found[0], constant(found[1]))
+
+
+def clamp_rounding(m: Match) -> Node | None:
+    """clamp(requantize(x)) -> requantize{low, high}(x), likewise for all that rounds to 8 bits"""
+    rounding, bounds = m["rounding"].op, m.root.op
+    assert isinstance(rounding, quantized.Quantize | quantized.Requantize | quantized.QuantizedMul)
+    assert isinstance(bounds, unary.Clamp)
+    low, high = max(rounding.range[0], bounds.low), min(rounding.range[1], bounds.high)
+    if m.uses[m["rounding"]] != 1 or low > high:
+        return m.decline("the values are needed as they are too, or the ranges do not overlap")
+    ends = narrowed(rounding.dtype, int(low), int(high))
+    return m.make(dataclasses.replace(rounding, low=ends[0], high=ends[1]), *m["rounding"].inputs)
 
 
 def clamp_integers(m: Match) -> Node | None:
@@ -127,6 +152,11 @@ _QUANTIZE = op(quantized.Quantize, any_("x"))
 
 RULES: tuple[Rule, ...] = (
     Rule(op((unary.Relu, unary.Clamp), any_("x", is_dequantize)), clamp_integers, Exact()),
+    Rule(
+        op(unary.Clamp, op((quantized.Quantize, quantized.Requantize, quantized.QuantizedMul), name="rounding")),
+        clamp_rounding,
+        Exact(),
+    ),
     Rule(_QUANTIZE, keep_steps, Exact()),
     Rule(_QUANTIZE, clamp_steps, Exact()),
     Rule(_QUANTIZE, change_steps, Exact()),

@@ -219,6 +219,10 @@ def _greatest(node: Node, depth: int) -> float:
             return bound if math.isfinite(bound) else math.inf
         case binary.Add() | binary.Sub():
             return sum(_greatest(operand, depth - 1) for operand in node.inputs)
+        case binary.Mul():
+            # Zero times an unknown bound is unknown, not NaN.
+            sizes = [_greatest(operand, depth - 1) for operand in node.inputs]
+            return math.inf if math.inf in sizes else math.prod(sizes)
         case unary.Relu() | shape.Movement() | pool.MaxPool2d():
             if not isinstance(node.op, shape.Pad):
                 return max(_greatest(operand, depth - 1) for operand in node.inputs)

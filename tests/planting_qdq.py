@@ -6,7 +6,7 @@ import numpy as np
 
 from paring.generators import Builder
 from paring.ir import Node, Op
-from paring.ir.ops import binary, conv, index, linear, pool, quantized, reduce, shape, unary
+from paring.ir.ops import binary, conv, index, linear, norm, pool, quantized, reduce, shape, unary
 from paring.ir.ops.quantized import limits
 from paring.passes import fold_qdq
 from paring.passes.pattern import Rule
@@ -16,11 +16,11 @@ RULES: tuple[Rule, ...] = fold_qdq.RULES
 
 
 def steps(b: Builder, *dims: int, dtype: str = "") -> Node:
-    """8-bit values of the whole range: inputs are small, so a table spreads them."""
+    """8-bit values of the whole range: inputs are small, so a table spreads them, behind a move that hides the table."""
     dtype = dtype or ("uint8", "int8")[b.choose(0, 1)]
     low, high = limits(dtype)
     table = b.const(b.rng.integers(low, high + 1, 256).astype(dtype))
-    return Node(quantized.Lookup(), (b.input(*dims, dtype="uint8"), table))
+    return Node(shape.Flip((0,)), (Node(quantized.Lookup(), (b.input(*dims, dtype="uint8"), table)),))
 
 
 def scale(b: Builder, *, least: int = -4, most: int = 0) -> float:
@@ -161,10 +161,14 @@ def keep_steps(b: Builder) -> Node:
 
 def look_up(b: Builder) -> Node:
     x = real(b, *_image(b), of=scale(b, least=-5, most=-3))
-    kind = b.choose(0, 1, 2)
+    kind = b.choose(0, 1, 2, 3)
     if kind == 0:
         inner = Node(unary.HardSigmoid(), (x,))
         return quantize(b, Node(binary.Mul(), (x, inner)))
+    if kind == 3:
+        table = b.const(b.rng.integers(0, 256, 256).astype(np.uint8))
+        gate = Node(quantized.Dequantize(2.0**-8), (Node(quantized.Lookup(), (x.inputs[0], table)),))
+        return quantize(b, Node(binary.Mul(), (x, gate)), 2.0**-4)
     half = Node(shape.Broadcast(x.type.shape), (b.const(np.array(0.5, np.float32)),))
     y = Node(unary.Sigmoid(), (x,)) if kind == 1 else Node(binary.Sub(), (half, Node(unary.Abs(), (x,))))
     return quantize(b, y, 2.0**-7)
@@ -263,15 +267,45 @@ def quantize_before_pool(b: Builder) -> Node:
     return quantize(b, Node(pool.MaxPool2d((2, 3), (1, 2), (b.choose(0, 1), 1)), (x,)))
 
 
+def softmax_on_integers(b: Builder) -> Node:
+    x = real(b, *_image(b), of=scale(b, least=-6, most=-3))
+    return quantize(b, Node(norm.Softmax(b.choose(1, 2, 3)), (x,)), 2.0 ** -b.choose(7, 8))
+
+
+def layer_norm_on_integers(b: Builder) -> Node:
+    width = b.choose(3, 8)
+    x, dims = real(b, 2, 3, width), (width,) if b.chance(0.7) else (3, width)
+    parameters = [b.const(b.rng.uniform(-2, 2, dims).astype(np.float32)) for _ in range(2)]
+    return quantize(
+        b, Node(norm.LayerNorm(float(b.rng.choice([1e-6, 1e-5, 0.1]))), (x, *parameters)), scale(b, least=-6, most=-4)
+    )
+
+
+def clamp_rounding(b: Builder) -> Node:
+    kind, dims = b.choose(0, 1, 2), _image(b)
+    if kind == 0:
+        x = quantize(b, b.tensor(2, 3))
+    elif kind == 1:
+        total = sums(b, *dims)
+        x = Node(quantized.Requantize(9, "int8", -120, 100), total.inputs)
+    else:
+        x = Node(quantized.QuantizedMul(x_zero=3, scale=2.0**-6), (steps(b, *dims, dtype="uint8"), steps(b, *dims)))
+    bounds = ((3.0, 90.0), (-np.inf, 70.0), (50.0, np.inf), (110.0, 120.0))
+    return Node(unary.Clamp(*bounds[b.choose(0, 1, 2, 3)]), (x,))
+
+
 PLANTERS: dict[str, tuple[Plant, ...]] = {
     "layer-on-integers": (layer_on_integers,),
     "matmul-on-integers": (matmul_on_integers,),
     "mean-on-integers": (mean_on_integers,),
     "average-to-conv": (average_to_conv,),
+    "softmax-on-integers": (softmax_on_integers,),
+    "layer-norm-on-integers": (layer_norm_on_integers,),
     "narrow-range": (narrow_range,),
     "quantize-affine": (quantize_affine,),
     "quantize-residual": (quantize_residual,),
     "quantize-product": (quantize_product,),
+    "clamp-rounding": (clamp_rounding,),
     "clamp-integers": (clamp_integers,),
     "keep-steps": (keep_steps,),
     "clamp-steps": (_chain(unary.Relu(), unary.Clamp(-3.0, 0.3), unary.Clamp(low=-0.7)),),

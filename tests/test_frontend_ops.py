@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -425,6 +426,7 @@ def test_zero_size_and_0d() -> None:
 
 
 def test_table_names_real_operators() -> None:
+    importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers those of PT2E
     for name in TABLE:
         namespace, packet, overload = name.split(".")
         assert getattr(getattr(getattr(torch.ops, namespace), packet), overload)

@@ -10,7 +10,7 @@ import numpy as np
 
 from paring.ir import Const, Node, Op
 from paring.ir.graph import topological
-from paring.ir.ops import binary, conv, linear, pool, quantized, shape, unary
+from paring.ir.ops import binary, conv, linear, pool, quantized, reduce, shape, unary
 from paring.ir.ops.quantized import limits
 from paring.passes import fold_qdq
 from paring.passes.pattern import Match
@@ -18,6 +18,7 @@ from paring.passes.util import constant
 
 Rewrite = Callable[[Match], Node | None]
 Change = Callable[[Node, tuple[Node, ...]], Node]
+ROUNDING = (quantized.Quantize, quantized.Requantize, quantized.QuantizedMul)
 LAYERS = (conv.Conv2d, linear.Linear)
 RIGHT: dict[str, Rewrite] = {rule.name: rule.rewrite for rule in fold_qdq.RULES}
 
@@ -74,6 +75,10 @@ def _turns(node: Node, inputs: tuple[Node, ...]) -> Node:
 
 def _nothing(node: Node, inputs: tuple[Node, ...]) -> Node:
     return inputs[0]
+
+
+def _least(node: Node, inputs: tuple[Node, ...]) -> Node:
+    return Node(reduce.Min(node.op.axes, True), inputs)  # type: ignore[attr-defined]
 
 
 def _shifts(node: Node, inputs: tuple[Node, ...]) -> Node:
@@ -150,6 +155,18 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
         _but("average-to-conv", conv.Conv2d, _sets(pad_value=lambda z: 0 if z else 1), "pads_with_integer_zero"),
         _but("average-to-conv", conv.Conv2d, _drops(2), "forgets_the_zero_point"),
     ),
+    "softmax-on-integers": (
+        _but("softmax-on-integers", quantized.Lookup, _rolls, "starts_at_the_wrong_entry"),
+        _but("softmax-on-integers", reduce.Max, _least, "subtracts_from_the_least"),
+        _but(
+            "softmax-on-integers", quantized.Requantize, _sets(zero_point=lambda z: z - 2 if z > 0 else z + 2), "moves_the_zero"
+        ),
+    ),
+    "layer-norm-on-integers": (
+        _but("layer-norm-on-integers", quantized.Requantize, _times(0.0, 2), "forgets_the_bias"),
+        _but("layer-norm-on-integers", unary.Sqrt, _nothing, "divides_by_the_variance"),
+        _but("layer-norm-on-integers", binary.Sub, _nothing, "does_not_centre"),
+    ),
     "narrow-range": (
         _but("narrow-range", quantized.Quantize, _sets(high=None), "forgets_the_upper_bound"),
         _but("narrow-range", quantized.Quantize, _sets(low=None), "forgets_the_lower_bound"),
@@ -167,6 +184,10 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
     "quantize-product": (
         _but("quantize-product", quantized.QuantizedMul, _sets(x_zero=0, y_zero=0), "forgets_the_zero_points"),
         _but("quantize-product", quantized.QuantizedMul, _sets(scale=lambda s: 2 * s), "scales_twice"),
+    ),
+    "clamp-rounding": (
+        _but("clamp-rounding", ROUNDING, _sets(high=None), "forgets_the_upper_bound"),
+        _but("clamp-rounding", ROUNDING, _sets(low=None), "forgets_the_lower_bound"),
     ),
     "clamp-integers": (looks_at_the_lower_bound_only,),
     "keep-steps": (keeps_whatever_has_the_type,),

@@ -100,8 +100,9 @@ def _verdict(net: Any, example: Any) -> Any:
 def bench(
     suite: Annotated[str, typer.Option(help="cnn or transformer.")] = "cnn",
     models: Annotated[str, typer.Option(help="Models by name, comma-separated, instead of a suite.")] = "",
-    peers: Annotated[str, typer.Option(help="What to compare with, comma-separated.")] = "eager,inductor,ort,openvino",
+    peers: Annotated[str, typer.Option(help="What to compare with, comma-separated; by default all that can.")] = "",
     against: Annotated[str, typer.Option(help="One system to compare with, instead of --peers: tvm-default.")] = "",
+    precision: Annotated[str, typer.Option(help="float32 or int8: quantized by each system's own tools.")] = "float32",
     threads: Annotated[int, typer.Option(min=1, help="Threads of each system.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the systems take turns in each.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.01, help="Length of one system's turn.")] = 1.0,
@@ -121,8 +122,8 @@ def bench(
     names = split(models)
     if coverage:
         return check_coverage(names, threads, file, full=not small)
-    systems = ("paring", *(name for name in split(against or peers) if name != "paring"))
-    return measure(suite, names, systems, threads, rounds, file, seconds=seconds, small=small)
+    more = {"precision": precision, "seconds": seconds, "small": small}
+    return measure(suite, names, split(against or peers), threads, rounds, file, **more)
 
 
 def doctor() -> Report:

@@ -17,23 +17,26 @@ def split(names: str) -> tuple[str, ...]:
 def bench(
     suite: str,
     models: Sequence[str],
-    systems: Sequence[str],
+    peers: Sequence[str],
     threads: int,
     rounds: int,
     file: str | None,
+    *,
+    precision: str,
     **more: Any,
 ) -> Report:
-    """Time models side by side; fails where nothing could be timed at all."""
+    """Time models in Paring and its peers side by side; fails where nothing could be timed at all."""
     from paring.bench.models import MODELS
-    from paring.bench.peers import PEERS
     from paring.bench.run import host, run_bench, table
+    from paring.bench.systems import COMPARED, SYSTEMS
 
     find(suite, dict.fromkeys(["coverage", *(model.suite for model in MODELS.values())]), "suite")
-    for kind, names, known in (("model", models, MODELS), ("system", systems, PEERS)):
+    for kind, names, known in (("model", models, MODELS), ("precision", [precision], COMPARED), ("system", peers, SYSTEMS)):
         for name in names:
             find(name, known, kind)
     check_writable(file)
-    records = run_bench(suite, models, systems, threads, rounds, file, **more)
+    systems = ("paring", *(name for name in peers or COMPARED[precision] if name != "paring"))
+    records = run_bench(suite, models, systems, threads, rounds, file, precision=precision, **more)
     view = [table(records), text(f"{host()}; {threads} threads")]
     failed = all("error" in record for record in records)
     return Report(records, view + ([text(f"wrote {file}")] if file else []), USER if failed else OK)

@@ -1,0 +1,23 @@
+"""All systems by name, and which of them are compared at a precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paring.bench.peers import PEERS, Peer
+from paring.bench.peers_int8 import INT8_PEERS
+
+SYSTEMS: dict[str, Peer] = {**PEERS, **INT8_PEERS}
+# What Paring is compared with unless told otherwise.
+COMPARED = {"float32": ("eager", "inductor", "ort", "openvino"), "int8": ("ort", "openvino")}
+
+
+def at_precision(names: Sequence[str], precision: str) -> tuple[str, ...]:
+    """The systems of those names; at int8 Paring's own float32 comes last, to compare with. Raises KeyError for unknown ones."""
+    if precision not in COMPARED:
+        raise KeyError(f"no precision {precision!r}; there are: {', '.join(COMPARED)}")
+    known = {name.removesuffix("-int8"): name for name in (INT8_PEERS if precision == "int8" else PEERS)}
+    for name in names:
+        if name not in known:
+            raise KeyError(f"no system {name!r} at {precision}; there are: {', '.join(known)}")
+    return (*(known[name] for name in names), *(("paring",) if precision == "int8" else ()))

@@ -43,7 +43,7 @@ class Quantize(Pass):
     contract = Lossy("metric", math.inf)
     lossy = True
     calibrated = True
-    calibrator: str = "minmax"
+    calibrator: str = "mse"
     activations: str = "uint8"
     weights: str = "channel"
     bits: int = 8

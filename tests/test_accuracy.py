@@ -18,7 +18,7 @@ import paring
 from paring.bench.demo import digits, train
 from paring.bench.networks import InvertedResidual, MobileNet, ResNet
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SEEDS = range(8)
 EPOCHS = 12

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_quantize import Batches, batches_for, chain, layer, noise, run, weight
 
-from paring.ir import Const, Graph, Input, Loc, Node, interpret, rebuild
+from paring.ir import Const, Graph, Input, Loc, Node, interpret, rebuild, show
 from paring.ir.errors import ArgumentError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, pool, reduce, shape, unary
@@ -319,6 +319,14 @@ def test_all_of_them_together() -> None:
     assert isinstance(result.ledger.contract, Lossy)
     nearest = run(graph, "quantize{bits=4}", calibration)
     assert noise(graph, result.graph, fresh) < noise(graph, nearest.graph, fresh) / 2
+
+
+def test_the_same_data_give_the_same_program() -> None:
+    graph = ladder(4, relu, spread=1.0)
+    passes = "equalize, smooth, quantize{bits=4, calibrator='kl'}, adaround{iterations=50}, correct-bias"
+    first, second = (run(graph, passes, batches_for(graph, 3, exact=False)) for _ in range(2))
+    assert show(first.graph) == show(second.graph)
+    assert first.ledger.as_json(times=False) == second.ledger.as_json(times=False)
 
 
 def test_ranges_of_inputs_follow_groups() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,32 +81,40 @@ class Equalize(Pass):
 
 def _links(graph: Graph, context: Context) -> list[Link]:
     """Pairs of layers with nothing between them that other nodes read or that mixes channels."""
-    users, outputs = graph.users(), set(graph.outputs)
-    found = []
-    for first in graph.nodes():
-        if not is_layer(first):
-            continue
-        node, axis, clamp = first, channel_axis(first), None
-        while True:
-            readers = users[node]
-            if len(readers) != 1 or node in outputs:
-                context.decline("equalize", first, "its result is read in several places")
-                break
-            (node,) = readers
-            if is_layer(node):
-                if channel_axis(node) == axis and _inputs_of(node) == first.inputs[1].type.shape[0]:
-                    found.append(Link(first, node, clamp))
-                break
-            if _clamps(node) and clamp is None and context.calibration:
-                clamp = node
-                continue
-            moved = carries(node, axis)
-            if moved is None:
-                why = "there are no calibration data" if _clamps(node) else "it does not keep scales of channels apart"
-                context.decline("equalize", first, f"{node.op.name} comes after it: {why}")
-                break
-            axis = moved
+    users, found = graph.users(), []
+    for node in graph.outputs:
+        # An output is read by whoever calls the network.
+        users[node] = [*users[node], node]
+    for first in filter(is_layer, graph.nodes()):
+        link = _follow(first, users, bool(context.calibration))
+        if isinstance(link, Link):
+            found.append(link)
+        else:
+            context.decline("equalize", first, link)
     return found
+
+
+def _follow(first: Node, users: Mapping[Node, Sequence[Node]], has_data: bool) -> Link | str:
+    """The link that starts at a layer, or why there is none."""
+    node, axis, clamp = first, channel_axis(first), None
+    while len(users[node]) == 1:
+        (reader,) = users[node]
+        if reader is node:
+            return "its result is an output"
+        if is_layer(reader):
+            fits = channel_axis(reader) == axis and _inputs_of(reader) == first.inputs[1].type.shape[0]
+            return Link(first, reader, clamp) if fits else "the next layer reads its channels otherwise"
+        if _clamps(reader) and not has_data:
+            return "a clamp comes after it, and there are no calibration data"
+        if _clamps(reader) and clamp is None:
+            clamp = reader
+        else:
+            moved = carries(reader, axis)
+            if moved is None:
+                return f"{reader.op.name} comes after it, which does not keep scales of channels apart"
+            axis = moved
+        node = reader
+    return "its result is read in several places"
 
 
 def _clamps(node: Node) -> bool:

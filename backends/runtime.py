@@ -21,7 +21,7 @@ from tvm import relax
 from paring.backends.build import Built, buffer_shape, kernel_name
 from paring.backends.memory import ALIGNMENT, Plan, Slot, Step
 from paring.backends.threads import THREADS
-from paring.ir.errors import ArgumentError, InputError
+from paring.ir.errors import ArgumentError, InputError, a_kind
 from paring.ir.graph import Loc, Node
 from paring.ir.liveness import root
 from paring.ir.op import Array
@@ -91,7 +91,7 @@ class Network:
             raise InputError(f"expected {len(self._inputs)} inputs, got {len(arrays)}")
         for position, (wanted, array) in enumerate(zip(self._inputs, arrays, strict=True)):
             if not isinstance(array, np.ndarray):
-                raise InputError(f"{self._label(position)} is a {type(array).__name__}", hint="give a numpy array")
+                raise InputError(f"{self._label(position)} is {a_kind(array)}", hint="give a numpy array")
             if array.shape != wanted[1] or (array.dtype != wanted[0] and array.dtype.newbyteorder("=") != wanted[0]):
                 found = f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
                 raise InputError(f"{self._label(position)} is {found}, expected {self.built.graph.inputs[position].type}")

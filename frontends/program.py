@@ -24,7 +24,7 @@ from paring.frontends.aten_builder import (
 )
 from paring.frontends.provenance import loc_of
 from paring.ir import Graph, Input, Loc, Node, TensorType
-from paring.ir.errors import InternalError, IRTypeError, ModelError, UnsupportedOpsError
+from paring.ir.errors import InternalError, IRTypeError, ModelError, UnsupportedOpsError, a_kind
 
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 OBSERVER = "aten._fused_moving_avg_obs_fq_helper_functional.default"
@@ -96,7 +96,7 @@ class Importer:
             if isinstance(spec.arg, ConstantArgument):
                 return spec.arg.value
             if not isinstance(spec.arg, TensorArgument):
-                raise ModelError(f"input {node.name} is a {type(spec.arg).__name__}", hint="pass tensors and Python constants")
+                raise ModelError(f"input {node.name} is {a_kind(spec.arg)}", hint="pass tensors and Python constants")
             self.inputs.append(Node(Input(node.name, *input_type(node)), (), None))
             return self.inputs[-1]
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):

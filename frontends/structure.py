@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from paring.frontends.records import TupleRecord
-from paring.ir.errors import ArtifactError, InputError
+from paring.ir.errors import ArtifactError, InputError, a_kind
 from paring.ir.graph import Graph
 from paring.ir.types import TensorType
 
@@ -280,11 +280,11 @@ def _brief(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
     if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {list(value)}"
+        return f"{a_kind(value)} with the keys {list(value)}"
     if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
+        return f"{a_kind(value)} of {len(value)}"
     text = repr(value)
-    return text if len(text) <= 40 else f"a {type(value).__name__}"
+    return text if len(text) <= 40 else a_kind(value)
 
 
 def _is_torch(value: Any) -> bool:

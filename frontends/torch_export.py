@@ -26,7 +26,7 @@ from paring.frontends.program import Importer, bind, operator_name
 from paring.frontends.provenance import loc_of, user_line
 from paring.frontends.structure import Imported, Signature, Tree
 from paring.ir import Input
-from paring.ir.errors import ArgumentError, InternalError, ModelError
+from paring.ir.errors import ArgumentError, InternalError, ModelError, a_kind
 
 Decompositions = dict[Any, Callable[..., Any]]
 DECOMPOSITION_ROUNDS = 6
@@ -342,7 +342,7 @@ def _leaves(arguments: Sequence[Any]) -> list[Tree]:
 
 def _plain(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str | None):
-        raise ModelError(f"an input or output is a {type(value).__name__}", hint="use tensors, numbers, strings and None")
+        raise ModelError(f"an input or output is {a_kind(value)}", hint="use tensors, numbers, strings and None")
     return value
 
 

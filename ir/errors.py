@@ -92,3 +92,9 @@ class InternalError(ParingError):
     """Our mistake. The message asks for a report and names the smallest thing that shows it."""
 
     exit_code = 4
+
+
+def a_kind(value: object) -> str:
+    """What a value is, with its article: `an int`, `a list`."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from traceback import extract_tb
 
-from paring.ir.errors import InternalError, IRTypeError, ParingError, PassError
+from paring.ir.errors import InternalError, IRTypeError, ParingError, PassError, a_kind
 from paring.ir.graph import Graph, Node, rebuild
 from paring.ir.interpreter import interpret
 from paring.ir.op import Array, Op
@@ -160,7 +160,7 @@ def _replacement(rule: Rule, found: Match) -> Node | None:
     if replacement is found.root or replacement is None:
         return None
     if not isinstance(replacement, Node):
-        raise PassError(f"a rewrite gives a {type(replacement).__name__}, not a node")
+        raise PassError(f"a rewrite gives {a_kind(replacement)}, not a node")
     if replacement.type != found.root.type:
         raise IRTypeError(f"a rewrite gives {replacement.type} in place of {found.root.type}")
     return replacement

@@ -271,7 +271,7 @@ def test_a_foreign_target_without_a_device_can_be_saved_but_not_called() -> None
 
 
 def test_not_a_model() -> None:
-    with pytest.raises(errors.ArgumentError, match="is not a model"):
+    with pytest.raises(errors.ArgumentError, match="an int is not a model"):
         paring.compile(42, (np.zeros(3),), target="reference")
 
 

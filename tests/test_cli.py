@@ -217,7 +217,7 @@ def test_why_not(dumped: Path, plugin: Path) -> None:
         ("{bad}:number", "not a function"),
         ("{bad}:needs", "without arguments"),
         ("{bad}:lonely", "not (model, example_inputs)"),
-        ("{bad}:triple", "a tuple of 3 that ends with a int"),
+        ("{bad}:triple", "a tuple of 3 that ends with an int"),
         ("{bad}:quadruple", "a tuple of 4"),
         ("{bad}:odd_inputs", "example inputs"),
         ("{bad}:raises", "raised ValueError"),

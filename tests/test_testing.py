@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import types
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +144,15 @@ def test_random_inputs_fit_and_hold_special_values_when_asked() -> None:
     assert np.isnan(special).any()
     assert np.isinf(special).any()
     assert (np.signbit(special) & (special == 0)).any()
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    """A rule, a pass of it, and what is planted for its check."""
+    text = (Path(__file__).parent.parent / "passes" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    module = types.ModuleType("readme_example")
+    sys.modules[module.__name__] = module  # where a dataclass looks up its annotations
+    try:
+        exec(code, module.__dict__)
+    finally:
+        del sys.modules[module.__name__]

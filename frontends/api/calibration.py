@@ -10,7 +10,7 @@ import numpy as np
 from paring.backends import targets
 from paring.backends.targets import Target
 from paring.frontends.structure import Signature
-from paring.ir.errors import ArgumentError, InputError, ParingError
+from paring.ir.errors import ArgumentError, InputError, ParingError, a_kind
 from paring.ir.graph import Graph
 from paring.ir.interpreter import interpret
 from paring.passes.ledger import measure
@@ -32,7 +32,7 @@ def collect(calibration: Iterable[Any] | None) -> tuple[Any, ...]:
         batches = tuple(calibration)
     except TypeError as error:
         hint = "a list of input tuples, of single tensors, or of dicts of keyword inputs"
-        raise ArgumentError(f"calibration is a {type(calibration).__name__}", why=str(error), hint=hint) from None
+        raise ArgumentError(f"calibration is {a_kind(calibration)}", why=str(error), hint=hint) from None
     if not batches:
         raise ArgumentError("the calibration data are empty", hint="some dozens of typical inputs")
     return batches

@@ -14,7 +14,7 @@ from paring.backends import targets
 from paring.backends.targets import Target
 from paring.calibration import HostRun, collect, flatten
 from paring.frontends.structure import Imported, Signature, Tree, to_torch
-from paring.ir.errors import ArgumentError, InputError
+from paring.ir.errors import ArgumentError, InputError, a_kind
 from paring.ir.graph import Graph
 from paring.ir.interpreter import interpret
 from paring.ir.ops.core import Input
@@ -138,7 +138,7 @@ def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imp
     if isinstance(model, torch.nn.Module):
         return torch_export.import_model(model, args, kwargs)
     hint = "a torch.nn.Module, torch.export.ExportedProgram, torch.fx.GraphModule or paring.ir.Graph"
-    raise ArgumentError(f"an object of type {type(model).__name__} is not a model", hint=hint)
+    raise ArgumentError(f"{a_kind(model)} is not a model", hint=hint)
 
 
 def _as_tensor(value: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paring.cli.frame import USER_MODULE
-from paring.ir.errors import ArgumentError, ModelError, ParingError
+from paring.ir.errors import ArgumentError, ModelError, ParingError, a_kind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ def load_model(spec: str, seed: int = 0) -> Example:
 
 def _check_factory(spec: str, factory: Any) -> None:
     if not callable(factory) or isinstance(factory, type) or hasattr(factory, "forward"):
-        raise ArgumentError(f"{spec} is a {type(factory).__name__}, not a function", hint=HOW)
+        raise ArgumentError(f"{spec} is {a_kind(factory)}, not a function", hint=HOW)
     try:
         inspect.signature(factory).bind()
     except TypeError as error:
@@ -70,12 +70,12 @@ def _check_factory(spec: str, factory: Any) -> None:
 
 def _example(spec: str, result: Any) -> Example:
     if not isinstance(result, tuple) or len(result) not in (2, 3):
-        found = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        found = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"{a_kind(result)}"
         raise ArgumentError(f"{spec} returned {found}, not (model, example_inputs)", hint="end it with: return model, (x,)")
     model, inputs, *more = result
     kwargs = more[0] if more else {}
     if not isinstance(kwargs, Mapping):
-        what = f"{spec} returned a tuple of 3 that ends with a {type(kwargs).__name__}, not with a dict of keyword inputs"
+        what = f"{spec} returned a tuple of 3 that ends with {a_kind(kwargs)}, not with a dict of keyword inputs"
         raise ArgumentError(what, hint="end it with: return model, (x,), {'mask': mask}")
     if isinstance(inputs, Mapping):
         return Example(model, (), {**inputs, **kwargs})
@@ -83,7 +83,7 @@ def _example(spec: str, result: Any) -> Example:
         return Example(model, tuple(inputs), dict(kwargs))
     if hasattr(inputs, "shape") and hasattr(inputs, "dtype"):
         return Example(model, (inputs,), dict(kwargs))
-    what = f"{spec} returned a {type(inputs).__name__} for its example inputs"
+    what = f"{spec} returned {a_kind(inputs)} for its example inputs"
     raise ArgumentError(what, hint="a tuple of tensors, or a dict of keyword inputs")
 
 

@@ -25,21 +25,26 @@ ROUNDING = (quantized.Quantize, quantized.Requantize, quantized.QuantizedMul)
 
 @dataclass(frozen=True)
 class Oracle:
-    """What a program means on given inputs, in float64, and for each output the error that float32 rounding alone makes."""
+    """What a program means on given inputs, in float64, and for each output the error that float32 rounding alone makes.
+
+    `sway`: how far it moves when integers inside are a step off, which any rounding before them may cause.
+    """
 
     arrays: Sequence[Array]
     real: list[Array]
     noise: list[float]
+    sway: list[float]
 
     @staticmethod
     def of(graph: Graph, arrays: Sequence[Array]) -> Oracle:
         real = interpret(graph, arrays, exact_real=True)
         noise = [_noise(x, y) for x, y in zip(interpret(graph, arrays), real, strict=True)]
-        return Oracle(arrays, real, list(map(max, noise, sway(graph, arrays))))
+        return Oracle(arrays, real, noise, sway(graph, arrays))
 
     def distance(self, outputs: Sequence[Array]) -> float:
-        """How many times the noise the worst output is off; infinite where NaN or infinities differ."""
-        return max((_apart(x, y) / n for x, y, n in zip(outputs, self.real, self.noise, strict=True)), default=0.0)
+        """How many times the noise the worst output is off, beyond its sway; infinite where NaN or infinities differ."""
+        found = zip(outputs, self.real, self.noise, self.sway, strict=True)
+        return max((max(0.0, _apart(x, y) - MARGIN * s) / n for x, y, n, s in found), default=0.0)
 
     def distance_of(self, graph: Graph) -> float:
         return self.distance(interpret(graph, self.arrays, exact_real=True))

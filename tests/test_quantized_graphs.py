@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from quantized_graphs import quantized_graph
+from wrong_qdq import WRONG
 
 from paring.ir import interpret, show
 from paring.ir.verify import verify
-from paring.passes.contract import check, same_bits
+from paring.passes import fold_qdq
+from paring.passes.bisect import bisect
+from paring.passes.contract import same_bits
 from paring.passes.manager import run_pipeline
+from paring.passes.pattern import Rule
 from paring.passes.pipelines import parse_pipeline, pipeline
 
 fast = pytest.mark.fast
 TARGETS = ("x86-avx512", "x86-avx2")
 FOLD = parse_pipeline((*pipeline("simplify", {}), "decompose", "fold-qdq", "const-fold{dequantize=True}"))
+RULE = [rule.name for rule in fold_qdq.RULES].index("layer-on-integers")
 ENDS = {"input", "const", "broadcast", "quantize", "dequantize", "descale"}
 # What a softmax and a layer norm on integers round for each row.
 ROWS = {"cast", "div", "sqrt", "add", "sub", "mul"}
@@ -24,11 +32,12 @@ ROWS = {"cast", "div", "sqrt", "add", "sub", "mul"}
 def test_random_quantized_graphs_become_integers(seeds: range) -> None:
     for seed in seeds[::2]:
         graph, given = quantized_graph(np.random.default_rng((5, seed)))
-        result = run_pipeline(graph, FOLD)
-        verify(result.graph)
-        left = {n.op.name for n in result.graph.nodes() if n.type.is_float} - ENDS - ROWS
-        assert not left, f"seed {seed}\n{show(result.graph)}"
-        check(result.ledger.contract, graph, result.graph, [given], who=f"seed {seed}")
+        folded = run_pipeline(graph, FOLD).graph
+        verify(folded)
+        left = {n.op.name for n in folded.nodes() if n.type.is_float} - ENDS - ROWS
+        assert not left, f"seed {seed}\n{show(folded)}"
+        found = bisect(graph, FOLD, [given])
+        assert found is None, f"seed {seed}: {found}"
 
 
 def compare_compiled(seed: int, target: str) -> None:
@@ -46,6 +55,22 @@ def compare_compiled(seed: int, target: str) -> None:
         got = run.run([given])
     for x, y in zip(wanted, got, strict=True):
         assert same_bits(x, y), f"seed {seed} on {target}"
+
+
+@fast
+def test_a_wrong_rewrite_is_found_in_a_random_quantized_graph() -> None:
+    wrong = dataclasses.replace(fold_qdq.RULES[RULE], rewrite=WRONG["layer-on-integers"][1])
+
+    class Wrong(fold_qdq.FoldQdq):
+        def rules(self) -> Sequence[Rule]:
+            return (*fold_qdq.RULES[:RULE], wrong, *fold_qdq.RULES[RULE + 1 :])
+
+    found = []
+    for seed in range(10):
+        graph, given = quantized_graph(np.random.default_rng((5, seed)))
+        passes = [Wrong() if isinstance(p, fold_qdq.FoldQdq) else p for p in FOLD]
+        found.append(bisect(graph, passes, [given]))
+    assert sum(f is not None and str(f.rewrite).startswith("forgets-the-zero-point") for f in found) >= 9
 
 
 @pytest.mark.parametrize("target", TARGETS)

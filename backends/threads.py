@@ -6,6 +6,7 @@ single thread of ours, which all other threads hand their calls to; there are at
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -59,7 +60,34 @@ class Threads:
             cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
             with _environment(TVM_NUM_THREADS=str(self.most), TVM_BIND_THREADS="1"):
                 tvm.get_global_func("runtime.config_threadpool")(-2, self.count, (cores * self.most)[: self.most])
-        return work()
+            taken = {int(core) for core in (cores * self.count)[1 : self.count]}
+            self.local.free = frozenset(map(int, cores)) - taken
+        with _on(self.local.free):
+            return work()
+
+
+@contextmanager
+def _on(cores: frozenset[int]) -> Iterator[None]:
+    """Move the calling thread off the workers' cores: on one of these both would run in turns while another core is idle.
+
+    It is bound only meanwhile, since threads that the user makes inherit it, and only if need be: it takes microseconds.
+    """
+    if _current_core() in cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, (before & cores) or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _current_core() -> int:
+    return int(_LIBC.sched_getcpu())
+
+
+_LIBC = ctypes.CDLL(None)
 
 
 @contextmanager

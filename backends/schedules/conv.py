@@ -135,7 +135,8 @@ def knobs(node: Node, target: Target) -> ConvKnobs:
     shape, dot = Shape.of(node), dot_for(node.inputs[0].type.dtype, target)
     assert dot is not None
     depth = -(-shape.in_channels // dot.depth) * shape.kernel[0] * shape.kernel[1]
-    if overlaps(target, depth):
+    # Of bytes each pixel is loaded and repeated by an instruction of its own, which two blocks share.
+    if overlaps(target, depth) and dot.depth == 1:
         columns, blocks = tile_height(target, shape.block, 2), 1
     else:
         blocks = 2 if 2 * 2 * depth * shape.block * 4 <= target.l2 // 2 else 1
@@ -275,26 +276,27 @@ class _Tile:
                 with k.loop(len(taps)) as tap, k.loop(high, start=low) as kh:
                     self._multiply(_Step(ci, kh, taps.start, tap, 0, 1), reached)
             return
-        with k.loop(high, start=low) as kh:
-            for taps, reached in self._strips():
-                self._taps(ci, kh, taps, reached, channels)
+        for taps, reached in self._strips():
+            self._taps(ci, (low, high), taps, reached, channels)
         if self.padding is not None and s.padded_rows:
-            for start, stop in ((0, low), (high, s.kernel[0])):
-                with k.loop(stop, start=start) as kh:
-                    self._taps(ci, kh, range(s.kernel[1]), range(0), channels)
+            for rows in ((0, low), (high, s.kernel[0])):
+                self._taps(ci, rows, range(s.kernel[1]), range(0), channels)
 
-    def _taps(self, ci: Scalar, kh: Scalar, taps: range, reached: range, channels: int) -> None:
-        """Neighbouring taps of one kernel row."""
+    def _taps(self, ci: Scalar, rows: tuple[Scalar, Scalar], taps: range, reached: range, channels: int) -> None:
+        """Neighbouring taps of some kernel rows."""
         k, s, depth = self.kernel, self.shape, self.dot.depth
-        whole, rest = divmod(channels, depth)
+        (low, high), (whole, rest) = rows, divmod(channels, depth)
         # Neighbouring taps read neighbouring pixels and weights, so without dilation one loop runs over all of them.
-        joined = s.dilation[1] == 1 and channels == s.block_in
-        inner = whole * (len(taps) if joined else 1)
+        if whole and s.dilation[1] == 1 and channels == s.block_in and (len(taps) > 1 or depth == 1):
+            with k.loop(high, start=low) as kh, k.loop(whole * len(taps)) as step:
+                self._multiply(_Step(ci, kh, taps.start, 0, step * depth, depth), reached)
+            return
+        # Otherwise a loop has few turns, which LLVM would unroll: the rows are innermost, their number is not static.
         if whole:
-            with k.loop(len(taps) * whole // inner) as tap, k.loop(inner) as step:
+            with k.loop(len(taps)) as tap, k.loop(whole) as step, k.loop(high, start=low) as kh:
                 self._multiply(_Step(ci, kh, taps.start, tap, step * depth, depth), reached)
         if rest:
-            with k.loop(len(taps)) as tap:
+            with k.loop(len(taps)) as tap, k.loop(high, start=low) as kh:
                 self._multiply(_Step(ci, kh, taps.start, tap, whole * depth, rest), reached)
 
     def _strips(self) -> list[tuple[range, range]]:

@@ -82,7 +82,7 @@ def test_models_of_two_inputs_take_tuples_and_dicts() -> None:
     ("data", "error", "message"),
     [
         ([], errors.ArgumentError, "are empty"),
-        (3, errors.ArgumentError, "calibration is a int"),
+        (3, errors.ArgumentError, "calibration is an int"),
         (None, errors.ArgumentError, "needs calibration data"),
         ([torch.randn(2, 1, 8, 8)], errors.InputError, "calibration batch 0"),
         ([*images(), torch.randn(1, 1, 8, 9)], errors.InputError, "calibration batch 4"),

@@ -29,7 +29,7 @@ def settle(owner: Any) -> None:
         value = as_declared(getattr(owner, option), hint)
         if not is_a(value, hint):
             wanted = hint.__name__ if isinstance(hint, type) else hint
-            raise ArgumentError(f"pass {owner.name}: {option} is a {wanted}, not {value!r}")
+            raise ArgumentError(f"pass {owner.name}: {option} should be of type {wanted}, not {value!r}")
         object.__setattr__(owner, option, value)
 
 

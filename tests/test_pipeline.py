@@ -187,8 +187,8 @@ def test_lossy_passes_are_quarantined(cls: type[Pass]) -> None:
     [
         ("canonicalise", ArgumentError, "did you mean 'canonicalize'?"),
         ("layout{blok=4}", ArgumentError, "did you mean 'block'?"),
-        ("layout{block='x'}", ArgumentError, "block is a int, not 'x'"),
-        ("layout{block=True}", ArgumentError, "block is a int, not True"),
+        ("layout{block='x'}", ArgumentError, "block should be of type int, not 'x'"),
+        ("layout{block=True}", ArgumentError, "block should be of type int, not True"),
         ("layout{block=4", ParseError, "expected"),
         ("layout{block=4}}", ParseError, "expected end"),
         ("cse{x=1}", ArgumentError, "options: none"),

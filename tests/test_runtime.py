@@ -388,3 +388,16 @@ def test_memory_does_not_grow_with_loading(built: Built, turns: int) -> None:
     assert growth(cycle, 20, turns) < 0.01
     with open("/proc/self/maps") as maps:
         assert sum("lib.so" in line for line in maps) < 40
+
+
+def test_a_caller_on_the_core_of_a_worker_leaves_it_for_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.sched_getaffinity(0)
+    if len(before) < 2:
+        pytest.skip("this process may use one core only")
+    first, second, *_ = sorted(before)
+    monkeypatch.setattr(threads, "_current_core", lambda: second)
+    with threads._on(frozenset({first})):
+        assert os.sched_getaffinity(0) == {first}
+    assert os.sched_getaffinity(0) == before
+    with threads._on(frozenset({second})):
+        assert os.sched_getaffinity(0) == before

@@ -234,7 +234,7 @@ class _Tile:
         assert isinstance(op, Conv2d)
         dot = dot_for(self.anchor.inputs[0].type.dtype, k.target)
         assert dot is not None
-        self.dot, self.padding = dot, dot.fill(op.pad_value) if op.pad_value or dot.uniform else None
+        self.dot, self.padding = dot, op.pad_value if op.pad_value or dot.uniform else None
         self.sums = Accumulators(k, self.tile.width + dot.uniform, self.widths, dot)
         self.channel = k.bind(self.group * s.out_blocks + first)
         bias = self.anchor.inputs[2:]
@@ -326,14 +326,14 @@ class _Tile:
                 offset = origin + (i * s.stride[1] - s.left + step.first * s.dilation[1]) * s.block_in
                 pixel = dot.pixel(k, x, offset, step.count)
             elif self.padding is not None:
-                pixel = self.padding
+                pixel = dot.fill(self.padding, step.count)
             else:
                 continue
             for j, vector in enumerate(vectors):
                 self.sums.add(i, j, pixel, vector)
         if dot.uniform:
             for j, vector in enumerate(vectors):
-                self.sums.add(self.tile.width, j, dot.fill(0), vector)
+                self.sums.add(self.tile.width, j, dot.fill(0, step.count), vector)
 
     def _index(self, i: Scalar, j: int) -> tuple[object, ...]:
         """Of one vector of the tile in the anchor's result."""

@@ -32,7 +32,7 @@ class Dot:
         """What one step takes of a pixel: `count` channels from an offset, at most `depth`."""
         return kernel.load(buffer, offset)
 
-    def fill(self, value: int) -> Value:
+    def fill(self, value: int, count: int) -> Value:
         """The same of a pixel whose channels all have one value."""
         return constant(value, self.dtype)
 
@@ -61,8 +61,9 @@ class _Bytes(Dot):
         bytes_ = [kernel.load(buffer, offset + i).astype("int32") & 255 for i in range(count)]
         return self.code(sum((byte << 8 * i for i, byte in enumerate(bytes_[1:], 1)), bytes_[0]))
 
-    def fill(self, value: int) -> Value:
-        return self.code(constant(int.from_bytes(bytes([value & 255] * 4), "little", signed=True), "int32"))
+    def fill(self, value: int, count: int) -> Value:
+        bytes_ = bytes([value & 255] * count).ljust(self.depth, b"\0")
+        return self.code(constant(int.from_bytes(bytes_, "little", signed=True), "int32"))
 
     def code(self, pixel: Value) -> Value:
         """How the instruction wants the four bytes."""

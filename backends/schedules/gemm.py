@@ -223,7 +223,7 @@ class _Tile:
                 self.sums.add(step * self.height + i, j, pixel, weight)
         if dot.uniform:
             for j, weight in enumerate(weights):
-                self.sums.add(self.excess, j, dot.fill(0), weight)
+                self.sums.add(self.excess, j, dot.fill(0, count), weight)
 
     def _weights(self, j: int, position: Scalar) -> Scalar:
         """Where the weights of vector j begin."""

@@ -81,17 +81,24 @@ def reference(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
 
 
 def arrays_of(result: Any) -> tuple[Array, ...]:
-    """The tensors and arrays in the result of a model, or of the network made from it, in order."""
+    """The tensors and arrays in the result of a model, or of the network made from it, in order.
+
+    torch's own walk does not look into what stands for a model's class in a loaded network: a kind of dict, or of tuple.
+    """
     import torch
     from torch.utils._pytree import tree_leaves
 
-    found: list[Array] = []
-    for leaf in tree_leaves(result):
-        if isinstance(leaf, Record):
-            found += [array for value in leaf.values() for array in arrays_of(value)]
-        elif isinstance(leaf, torch.Tensor | np.ndarray):
-            found.append(leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf)
-    return tuple(found)
+    if isinstance(result, torch.Tensor):
+        return (result.detach().numpy(),)
+    if isinstance(result, np.ndarray):
+        return (result,)
+    if isinstance(result, Record):
+        items: list[Any] = list(dict.values(result))
+    elif isinstance(result, tuple | list):
+        items = list(result)
+    else:
+        items = [leaf for leaf in tree_leaves(result) if leaf is not result]
+    return tuple(array for item in items for array in arrays_of(item))
 
 
 def _in_float64(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -16,7 +16,9 @@ from paring.backends import emulator
 from paring.backends.targets import TARGETS, missing_flags
 from paring.ir import Const, Graph, Input, Node, interpret
 from paring.ir.op import Array, Op
-from paring.ir.ops import binary, unary
+from paring.ir.ops import binary, shape, unary
+from paring.ir.ops.conv import Conv2d
+from paring.ir.ops.linear import Linear
 from paring.ir.ops.shape import Broadcast
 from paring.testing import random_graph, random_inputs
 
@@ -117,6 +119,26 @@ def test_every_stage_of_a_pipeline_runs() -> None:
         # A stage that is not the last one compiles too: nodes outside regions are kernels of their own.
         plain = paring.compile(graph, target="native", pipeline="canonicalize, const-fold")
         assert_same_values(call(plain, arrays), expected, "unfused")
+
+
+def _one_large_term(images: int) -> Graph:
+    """For each of `images` rows a sum of 2**24 and 4095 ones, as a 1x1 convolution on one pixel and as a product."""
+    x = Node(Input("x", "float32", (images, 4096)))
+    weight = np.ones((40, 4096), np.float32)
+    pixels = Node(shape.Reshape((images, 4096, 1, 1)), (x,))
+    convolved = Node(Conv2d(), (pixels, Node(Const(weight.reshape(40, 4096, 1, 1)))))
+    return Graph((x,), (Node(Linear(), (x, Node(Const(weight)))), convolved))
+
+
+@pytest.mark.parametrize("target", HOST)
+@pytest.mark.parametrize("images", [1, 2, 8])
+def test_long_sums_of_few_pixels_are_taken_by_blocks(target: str, images: int) -> None:
+    """One after the other, each 1 would be rounded away; a block loses its own alone."""
+    terms = np.ones((images, 4096), np.float32)
+    terms[:, 0] = 2**24
+    with paring.compile(_one_large_term(images), target=target) as net:
+        for result in call(net, [terms]):
+            assert (result >= 2**24 + 4000).all()
 
 
 needs_arm = pytest.mark.skipif(bool(emulator.missing()), reason=f"no emulated ARM: {', '.join(emulator.missing())}")

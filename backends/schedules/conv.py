@@ -235,7 +235,8 @@ class _Tile:
         dot = dot_for(self.anchor.inputs[0].type.dtype, k.target)
         assert dot is not None
         self.dot, self.padding = dot, op.pad_value if op.pad_value or dot.uniform else None
-        self.sums = Accumulators(k, self.tile.width + dot.uniform, self.widths, dot)
+        pixels = s.images * s.out_height * s.out_width
+        self.sums = Accumulators(k, self.tile.width + dot.uniform, self.widths, dot, pixels)
         self.channel = k.bind(self.group * s.out_blocks + first)
         bias = self.anchor.inputs[2:]
         for j, lanes in enumerate(self.widths):
@@ -248,9 +249,12 @@ class _Tile:
         ahead = Ahead.of(k, self.anchor.inputs[1], (self.channel + blocks) * slab, share, self.turns * s.in_blocks)
         whole, rest = divmod(s.in_channels, s.block_in)
         if whole:
-            with k.loop(whole) as ci:
+
+            def block(ci: Scalar) -> None:
                 ahead.step(self.turn * s.in_blocks + ci)
                 self._accumulate(ci, low, high, s.block_in)
+
+            self.sums.reduce(whole, s.block_in * prod(s.kernel), block)
         if rest:
             self._accumulate(whole, low, high, rest)
         finish(k, self.anchor, Block(self.tile.width, [s.block] * blocks, self._sum, self._index))

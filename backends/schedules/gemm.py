@@ -151,7 +151,7 @@ class _Tile:
         dot = dot_for(self.anchor.inputs[0].type.dtype, k.target)
         assert dot is not None
         self.dot, self.excess = dot, self.height * self.steps
-        self.sums = Accumulators(k, self.excess + dot.uniform, [s.lanes] * self.vectors.width, dot)
+        self.sums = Accumulators(k, self.excess + dot.uniform, [s.lanes] * self.vectors.width, dot, s.batch * s.rows)
         for j in range(self.vectors.width):
             self.sums.start(j, zero_from=self.height, value=self._bias(j))
         self.row = k.bind(self.batch * s.rows + self.m)
@@ -193,9 +193,12 @@ class _Tile:
             slab = s.positions * s.lanes * s.group
             weights = self.anchor.inputs[1]
             ahead = Ahead.of(k, weights, (self.first + width) * slab, width * slab, self.turns * chunks)
-            with k.loop(chunks) as chunk:
-                ahead.step(self.turn * chunks + chunk)
-                self._stretch(chunk * CHUNK, CHUNK)
+
+            def chunk(number: Scalar) -> None:
+                ahead.step(self.turn * chunks + number)
+                self._stretch(number * CHUNK, CHUNK)
+
+            self.sums.reduce(chunks, CHUNK // self.steps, chunk)
         self._stretch(chunks * CHUNK, rest)
         if part:
             with k.scope():

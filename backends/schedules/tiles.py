@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -208,12 +208,18 @@ LINE_BYTES = 64
 
 
 class Accumulators:
-    """Sums held in registers: rows x one vector of each of the `widths` (lanes), added to by steps of `dot`."""
+    """Sums held in registers: rows x one vector of each of the `widths` (lanes), added to by steps of `dot`.
 
-    def __init__(self, kernel: Kernel, rows: int, widths: Sequence[int], dot: Dot = FLOAT) -> None:
+    Those of `pixels` uses of the weights: floats of a few are summed by blocks (Higham, Accuracy and Stability of Numerical
+    Algorithms, section 4.2), whose rounding grows with the length of a block. Memory bounds them, so it costs no time.
+    """
+
+    def __init__(self, kernel: Kernel, rows: int, widths: Sequence[int], dot: Dot = FLOAT, pixels: int | None = None) -> None:
         self.kernel, self.widths, self.dot, self.dtype = kernel, tuple(widths), dot, dot.dtype
         # One buffer for each: TVM takes larger ones from the heap.
         self.registers = [[kernel.local(lanes, self.dtype) for lanes in self.widths] for _ in range(rows)]
+        by_blocks = dot.depth == 1 and pixels is not None and pixels <= FEW
+        self.totals = [[kernel.local(lanes, self.dtype) for lanes in self.widths] for _ in range(rows if by_blocks else 0)]
 
     def start(self, vector: int, value: Value | None = None, zero_from: int | None = None) -> None:
         """Set the rows of one vector: to the value, or to zero where none is given and from row `zero_from` on."""
@@ -223,14 +229,32 @@ class Accumulators:
         for number, row in enumerate(self.registers):
             first = zero_from is None or number < zero_from
             self.kernel.store(row[vector], Lanes(0, lanes), value if first else zero)
+        for row in self.totals:
+            self.kernel.store(row[vector], Lanes(0, lanes), zero)
 
     def add(self, row: int, vector: int, pixel: Value, weights: Value) -> None:
         """One step's products; `pixel` and `weights` as `dot` gives them (of floats also a vector as wide as the sums)."""
-        new = self.dot.add(self.value(row, vector), pixel, weights)
+        new = self.dot.add(self._read(self.registers, row, vector), pixel, weights)
         self.kernel.store(self.registers[row][vector], Lanes(0, self.widths[vector]), new)
 
     def value(self, row: int, vector: int) -> Value:
-        return self.kernel.load(self.registers[row][vector], Lanes(0, self.widths[vector]))
+        value = self._read(self.registers, row, vector)
+        return value + self._read(self.totals, row, vector) if self.totals else value
+
+    def reduce(self, turns: int, steps: int, body: Callable[[Scalar], None]) -> None:
+        """A loop of `turns` turns, each of that many steps in one sum: `body(number of the turn)`."""
+        most = max(1, BLOCK // steps) if self.totals else turns
+        length = max(length for length in range(1, min(most, turns) + 1) if turns % length == 0)
+        with self.kernel.loop(turns // length) as block:
+            with self.kernel.loop(length) as turn:
+                body(block * length + turn)
+            for row, vector in product(range(len(self.totals)), range(len(self.widths))):
+                lanes = Lanes(0, self.widths[vector])
+                self.kernel.store(self.totals[row][vector], lanes, self.value(row, vector))
+                self.kernel.store(self.registers[row][vector], lanes, constant(0, self.dtype, lanes.count))
+
+    def _read(self, sums: list[list[Any]], row: int, vector: int) -> Value:
+        return self.kernel.load(sums[row][vector], Lanes(0, self.widths[vector]))
 
 
 def tile_height(target: Target, lanes: int, vectors: int) -> int:
@@ -246,5 +270,7 @@ def overlaps(target: Target, depth: int) -> bool:
 
 # Terms of a reduction. Measured on Zen 4: from about here on, full tiles are as fast.
 SHORT = 256
+# Uses of the weights up to which sums are taken by blocks, and the steps of a block.
+FEW, BLOCK = 16, 16
 # Sums that must be under way at once to hide the latency of multiply-add: two units, four cycles.
 CHAINS = 8

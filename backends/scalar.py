@@ -165,10 +165,10 @@ def _negate(op: Op, x: Value) -> Value:
 
 def _abs(op: Op, x: Value) -> Value:
     """The least integer has no positive counterpart: it stays."""
-    if is_float(x) or dtype_of(x) == "uint8":
-        return x if dtype_of(x) == "uint8" else tirx.abs(x)
+    if dtype_of(x) == "uint8":
+        return x
     x = bind(x)
-    return tirx.Select(x < full(x, 0), _negate(op, x), x)
+    return tirx.abs(x) if is_float(x) else tirx.Select(x < full(x, 0), _negate(op, x), x)
 
 
 def _floor_div(op: Op, x: Value, y: Value) -> Value:

@@ -54,6 +54,11 @@ def reinterpret(value: Value, dtype: str, lanes: int | None = None) -> Value:
     return tirx.reinterpret(with_lanes(dtype, lanes_in(value) if lanes is None else lanes), value)
 
 
+def part(vector: Value, number: int, lanes: int) -> Value:
+    """So many neighbouring lanes of a vector."""
+    return tirx.Shuffle([vector], [tirx.const(number * lanes + i, "int32") for i in range(lanes)])
+
+
 def is_plain(value: Value) -> bool:
     """Constants and loads may be written out any number of times."""
     inner = value.value if isinstance(value, tirx.Broadcast) else value
@@ -285,8 +290,7 @@ def _circular(x: Value, quarter: int, precise: Callable[[Value], Value]) -> Valu
     furthest = bind(tirx.abs(x))
     while lanes > 1:
         lanes //= 2
-        low, high = (tirx.Shuffle([furthest], [tirx.const(start + i, "int32") for i in range(lanes)]) for start in (0, lanes))
-        low, high = bind(low), bind(high)
+        low, high = (bind(part(furthest, half, lanes)) for half in range(2))
         # A comparison with NaN is false: without the second test a NaN would hide a larger lane.
         furthest = bind(tirx.Select(tirx.Or(low > high, tirx.isnan(high)), low, high))
     with T.If(cast(furthest, "float32") < tirx.const(_FAR, "float32")):

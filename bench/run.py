@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ from rich.text import Text
 
 from paring.bench.models import MODELS, suite_models
 from paring.bench.protocol import Child, ChildError
-from paring.bench.systems import COMPARED, SYSTEMS, at_precision
+from paring.bench.systems import SYSTEMS, at_precision
 
 
 class _Failure(TypedDict, total=False):
@@ -72,7 +69,7 @@ class Protocol:
 def run_bench(
     suite: str | None = None,
     models: Sequence[str] = (),
-    systems: Sequence[str] = (),
+    peers: Sequence[str] = (),
     threads: int = 2,
     rounds: int = 5,
     json_path: str | os.PathLike[str] | None = None,
@@ -84,14 +81,15 @@ def run_bench(
     small: bool = False,
     console: Console | None = None,
 ) -> list[Record]:
-    """Time `models`, or those of `suite`, in each of `systems`; `json_path` is brought up to date after each model.
+    """Time `models`, or those of `suite`, in Paring and its `peers`, by default all that are compared at that precision.
 
-    At `precision` int8 each system quantizes the model with its own tools, and Paring's float32 is timed beside them.
+    At int8 each system quantizes the model with its own tools, and Paring's float32 is timed beside them.
+    `json_path` is brought up to date after each model.
     Raises KeyError for names that are not there, ValueError for numbers out of range.
     """
     names = tuple(models) or suite_models(suite or "cnn")
     _known("model", names, MODELS)
-    systems = at_precision(systems or ("paring", *COMPARED.get(precision, ())), precision)
+    systems = at_precision(peers, precision)
     if rounds < 1 or threads < 1:
         raise ValueError(f"rounds and threads must be at least 1, not {rounds} and {threads}")
     protocol = Protocol(threads, rounds, seconds, prepare_s, patience_s=patience_s)
@@ -260,41 +258,3 @@ def host() -> str:
     except OSError:
         pass
     return f"{name}, {psutil.cpu_count(logical=False)} cores, {platform.system()}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="paring bench", description=__doc__)
-    parser.add_argument("--suite", default="cnn", help="cnn, transformer or coverage")
-    parser.add_argument("--models", default="", help="names, comma-separated, instead of a suite")
-    parser.add_argument("--peers", default="", help="systems, comma-separated; by default all that have the precision")
-    parser.add_argument("--against", help="one system to compare with, instead of --peers")
-    parser.add_argument("--precision", default="float32", choices=COMPARED)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a round")
-    parser.add_argument("--patience", type=float, default=5.0, help="seconds to wait for a quiet machine, each round")
-    parser.add_argument("--small", action="store_true", help="the small inputs of the tests: quick, and no benchmark")
-    parser.add_argument("--json", help="write the records to this file")
-    given = list(sys.argv[1:] if argv is None else argv)
-    options = parser.parse_args(given)
-    peers = [name for name in (options.against or options.peers).split(",") if name]
-    records = run_bench(
-        options.suite,
-        [name for name in options.models.split(",") if name],
-        ["paring", *(name for name in peers or COMPARED[options.precision] if name != "paring")],
-        options.threads,
-        options.rounds,
-        options.json,
-        precision=options.precision,
-        seconds=options.seconds,
-        patience_s=options.patience,
-        small=options.small,
-    )
-    console = Console()
-    console.print(table(records))
-    console.print(f"{host()}; {options.threads} threads", f"paring bench {shlex.join(given)}", sep="\n", markup=False)
-    return 1 if all("error" in record for record in records) else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

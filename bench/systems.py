@@ -12,11 +12,12 @@ SYSTEMS: dict[str, Peer] = {**PEERS, **INT8_PEERS}
 COMPARED = {"float32": ("eager", "inductor", "ort", "openvino"), "int8": ("ort", "openvino")}
 
 
-def at_precision(names: Sequence[str], precision: str) -> tuple[str, ...]:
-    """The systems of those names; at int8 Paring's own float32 comes last, to compare with. Raises KeyError for unknown ones."""
+def at_precision(peers: Sequence[str], precision: str) -> tuple[str, ...]:
+    """Paring and its peers, those of COMPARED by default; at int8 Paring's own float32 comes last. Raises KeyError."""
     if precision not in COMPARED:
         raise KeyError(f"no precision {precision!r}; there are: {', '.join(COMPARED)}")
     known = {name.removesuffix("-int8"): name for name in (INT8_PEERS if precision == "int8" else PEERS)}
+    names = ("paring", *(name for name in peers or COMPARED[precision] if name != "paring"))
     for name in names:
         if name not in known:
             raise KeyError(f"no system {name!r} at {precision}; there are: {', '.join(known)}")

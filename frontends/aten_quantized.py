@@ -44,12 +44,6 @@ def _bytes(dtype: torch.dtype) -> str:
     return dtype_name(dtype)
 
 
-def _range(dtype: str, low: int, high: int) -> tuple[int | None, int | None]:
-    """A range as the IR wants it: None for an end that is the dtype's own."""
-    least, most = qz.limits(dtype)
-    return (None if low <= least else low), (None if high >= most else high)
-
-
 def _fitting(low: int, high: int) -> str:
     """The 8-bit dtype that holds a range."""
     for dtype in ("uint8", "int8"):
@@ -64,7 +58,7 @@ def _fitting(low: int, high: int) -> str:
 
 def quantize(b: Builder, x: Node, scale: Number, zero: Number, low: Number, high: Number, dtype: torch.dtype) -> Node:
     name = _bytes(dtype)
-    ends = _range(name, int(_number(b, low)), int(_number(b, high)))
+    ends = qz.narrowed(name, int(_number(b, low)), int(_number(b, high)))
     return b.node(qz.Quantize(int(_number(b, zero)), name, *ends, _scale(b, scale)), x)
 
 
@@ -146,7 +140,7 @@ def fake_quantize(b: Builder, x: Node, scale: Number, zero: Number, low: int, hi
     if not _number(b, on):
         return x
     name = _fitting(low, high)
-    op = qz.Quantize(int(_number(b, zero)), name, *_range(name, low, high), _scale(b, scale))
+    op = qz.Quantize(int(_number(b, zero)), name, *qz.narrowed(name, low, high), _scale(b, scale))
     return Node(qz.Dequantize(op.scale, op.zero_point), (b.node(op, x),), b.loc)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paring.ir.errors import IRTypeError
-from paring.ir.types import TensorType
+from paring.ir.types import BYTES, TensorType
 
 Array = npt.NDArray[Any]
 Sample = tuple["Op", tuple[TensorType, ...]]
@@ -136,7 +136,7 @@ def exact_wide(array: Array) -> Array:
 
 def product_dtype(x: TensorType, w: TensorType, *bias: TensorType) -> str:
     """The dtype in which x times w is summed: their own for floats, int32 for 8-bit x and int8 w. Raises IRTypeError."""
-    if x.dtype in ("uint8", "int8"):
+    if x.dtype in BYTES:
         result, fits = "int32", w.dtype == "int8" and all(b.dtype == "int32" for b in bias)
     else:
         result, fits = x.dtype, x.is_float and all(t.dtype == x.dtype for t in (w, *bias))

@@ -30,6 +30,8 @@ class DType:
         return max(1, self.bits // 8)
 
 
+# The 8-bit integers: what quantized networks compute with.
+BYTES = ("int8", "uint8")
 # bfloat16 joins with one row here once the reference may use a numpy extension type.
 DTYPES = {
     d.name: d

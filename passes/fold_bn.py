@@ -15,7 +15,7 @@ from paring.ir.types import TensorType
 from paring.passes.base import Pass
 from paring.passes.contract import Close, Exact
 from paring.passes.pattern import Match, Rule, any_, op
-from paring.passes.util import channel_values, const_value, constant, is_const
+from paring.passes.util import channel_axis, channel_values, const_value, constant, is_const
 
 LAYERS = (conv.Conv2d, conv.ConvTranspose2d, linear.Linear)
 
@@ -30,11 +30,6 @@ def _foldable(layer: Node) -> bool:
         case _:
             plain = False
     return plain and layer.type.is_float and all(is_const(node) for node in layer.inputs[1:])
-
-
-def _axis(layer: Node) -> int:
-    """The dimension of the result that holds the layer's outputs."""
-    return layer.type.rank - 1 if isinstance(layer.op, linear.Linear) else 1
 
 
 def _scaled(m: Match, layer: Node, scale: Array, shift: Array) -> Node | None:
@@ -73,7 +68,7 @@ def fold_batch_norm(m: Match) -> Node | None:
 
 def _channelwise(m: Match) -> Array | None:
     layer = m["layer"]
-    axis = _axis(layer)
+    axis = channel_axis(layer)
     values = channel_values(m["c"], layer.type.shape[axis], axis, layer.type.rank)
     return None if values is None or not np.isfinite(values).all() else values.astype(np.float64)
 

@@ -15,7 +15,7 @@ from paring.ir.ops import binary, norm, quantized, reduce, shape, unary
 from paring.ir.types import TensorType
 from paring.passes.contract import Steps
 from paring.passes.pattern import Match, Rule, any_, op
-from paring.passes.qdq import INT32, MANY_STEPS, float_constant, is_dequantize, ordinary, quantized_of, spread
+from paring.passes.qdq import INT32, MANY_STEPS, float_constant, is_dequantize, ordinary, quantized_of, rounding_of, spread
 from paring.passes.util import constant
 
 # A float32 holds integers of 24 bits, and those of a row are added up in 31.
@@ -34,12 +34,6 @@ def _widened(m: Match, x: Node, type: TensorType) -> Node:
 
 def _sound(eps: float, unit: float) -> bool:
     return 0 < eps * unit * unit < float(np.finfo(np.float32).max)
-
-
-def _rounding(m: Match) -> quantized.Requantize:
-    q = m.root.op
-    assert isinstance(q, quantized.Quantize)
-    return quantized.Requantize(q.zero_point, q.dtype, q.low, q.high)
 
 
 def softmax_on_integers(m: Match) -> Node | None:
@@ -62,7 +56,7 @@ def softmax_on_integers(m: Match) -> Node | None:
     total = m.make(unary.Cast("float32"), m.make(reduce.Sum((softmax.axis,), True), powers))
     share = m.make(binary.Div(), _full(m, quantize.steps_per_unit, total.type), total)
     factors = (_widened(m, share, powers.type), spread(m, np.zeros(()), powers.type))
-    return m.make(_rounding(m), powers, *factors)
+    return m.make(rounding_of(m.root), powers, *factors)
 
 
 def layer_norm_on_integers(m: Match) -> Node | None:
@@ -90,7 +84,7 @@ def layer_norm_on_integers(m: Match) -> Node | None:
     centred = m.make(binary.Sub(), times, _widened(m, total, wide.type))
     real = wide.type.with_dtype("float32")
     factor = m.make(binary.Mul(), _widened(m, inverse, real), spread(m, gain, real))
-    return m.make(_rounding(m), centred, factor, spread(m, shift, real))
+    return m.make(rounding_of(m.root), centred, factor, spread(m, shift, real))
 
 
 def _inverse_deviation(m: Match, total: Node, squares: Node, count: int, eps: float) -> Node:

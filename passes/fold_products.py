@@ -14,7 +14,7 @@ from paring.ir.ops.quantized import limits
 from paring.passes.contract import Close
 from paring.passes.pattern import Match, Rule, any_, op
 from paring.passes.qdq import INT32, Weights, float_constant, is_dequantize, ordinary, quantized_of, spread, weights_of
-from paring.passes.util import constant
+from paring.passes.util import constant, is_plain
 
 LAYERS = (conv.Conv2d, linear.Linear)
 
@@ -29,7 +29,7 @@ def layer_on_integers(m: Match) -> Node | None:
     bias = float_constant(m.root.inputs[2]) if len(m.root.inputs) == 3 else np.zeros(len(w.q), np.float32)
     if bias is None or not np.isfinite(bias).all():
         return m.decline("the bias is not constant and finite")
-    if not _plain(m.root):
+    if not is_plain(m.root):
         return m.decline("the weights are packed")
     offset = -x.zero_point * w.sums
     # Whatever the input and the order of the sum: each partial sum stays below this.
@@ -47,15 +47,6 @@ def layer_on_integers(m: Match) -> Node | None:
     column = (-1, 1, 1) if isinstance(layer, conv.Conv2d) else (-1,)
     factors = (spread(m, values.reshape(column), m.root.type) for values in (multiplier, bias))
     return m.make(quantized.Descale(), m.make(layer, x.q, weight, *offsets), *factors)
-
-
-def _plain(layer: Node) -> bool:
-    match layer.op:
-        case conv.Conv2d(layout="NCHW", out_layout="NCHW", weight_layout="OIHW"):
-            return True
-        case linear.Linear(weight_layout="OI", features=None):
-            return True
-    return False
 
 
 def _multiplier(w: Weights, scale: float) -> Array:

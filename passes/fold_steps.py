@@ -8,6 +8,7 @@ import numpy as np
 
 from paring.ir.graph import Node
 from paring.ir.ops import binary, quantized, unary
+from paring.ir.ops.quantized import narrowed
 from paring.passes.contract import Exact, Steps
 from paring.passes.pattern import Match, Rule, any_, op
 from paring.passes.qdq import (
@@ -17,9 +18,9 @@ from paring.passes.qdq import (
     affine_of,
     is_dequantize,
     is_number,
-    narrowed,
     ordinary,
     quantized_of,
+    rounding_of,
     spread,
     steps_per_unit,
 )
@@ -61,12 +62,6 @@ def quantize_residual(m: Match) -> Node | None:
     return None
 
 
-def _rounding(m: Match, scale: float = 1.0, zero: int = 0) -> quantized.Requantize:
-    q = m.root.op
-    assert isinstance(q, quantized.Quantize)
-    return quantized.Requantize(q.zero_point, q.dtype, q.low, q.high, scale, zero)
-
-
 def _requantized(m: Match, x: Affine, residual: Quantized | None, unit: float = 1.0) -> Node | None:
     """requantize of x in steps, plus a residual in units."""
     scale = float(np.float32((residual.scale if residual else 1.0) * unit))
@@ -75,8 +70,8 @@ def _requantized(m: Match, x: Affine, residual: Quantized | None, unit: float = 
         return m.decline(TOO_FINE)
     factors = (spread(m, value, m.root.type) for value in (x.factor, x.shift))
     if residual is None:
-        return m.make(_rounding(m), x.x, *factors)
-    return m.make(_rounding(m, scale, residual.zero_point), x.x, *factors, residual.q)
+        return m.make(rounding_of(m.root), x.x, *factors)
+    return m.make(rounding_of(m.root, scale, residual.zero_point), x.x, *factors, residual.q)
 
 
 def quantize_product(m: Match) -> Node | None:

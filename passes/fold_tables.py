@@ -11,10 +11,11 @@ from paring.ir.interpreter import interpret
 from paring.ir.op import Array
 from paring.ir.ops import ELEMENTWISE, quantized, shape, unary
 from paring.ir.ops.core import Input
-from paring.ir.ops.quantized import BYTES, limits
+from paring.ir.ops.quantized import limits, narrowed
+from paring.ir.types import BYTES
 from paring.passes.contract import Exact
 from paring.passes.pattern import Match, Rule, any_, op
-from paring.passes.qdq import affine_of, is_dequantize, narrowed, quantized_of, spread, steps_per_unit
+from paring.passes.qdq import affine_of, is_dequantize, quantized_of, spread, steps_per_unit
 from paring.passes.util import constant, is_const, splat_value
 
 LONGEST = 64

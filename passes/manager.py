@@ -24,8 +24,6 @@ from paring.passes.base import Pass
 from paring.passes.ledger import Entry, Ledger, measure
 from paring.passes.rewriter import Context, Rewrite, Run, Tell, failure, silent
 
-Hook = Callable[[int, Pass | None, Graph], None]
-
 
 @dataclass
 class Result:

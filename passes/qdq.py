@@ -10,8 +10,8 @@ import numpy as np
 from paring.ir.graph import Node
 from paring.ir.op import Array
 from paring.ir.ops import binary, pool, quantized, shape, unary
-from paring.ir.ops.quantized import BYTES, limits
-from paring.ir.types import TensorType
+from paring.ir.ops.quantized import limits
+from paring.ir.types import BYTES, TensorType
 from paring.passes.pattern import Match
 from paring.passes.util import const_value, constant, is_const
 
@@ -53,10 +53,11 @@ def steps_per_unit(quantize: Node) -> float:
     return quantize.op.steps_per_unit
 
 
-def narrowed(dtype: str, low: int, high: int) -> tuple[int | None, int | None]:
-    """A range as the ops want it: None for an end that is the dtype's own."""
-    least, most = limits(dtype)
-    return (None if low == least else int(low)), (None if high == most else int(high))
+def rounding_of(quantize: Node, residual_scale: float = 1.0, residual_zero: int = 0) -> quantized.Requantize:
+    """To the integers of a quantize, from those of a sum and a residual."""
+    q = quantize.op
+    assert isinstance(q, quantized.Quantize)
+    return quantized.Requantize(q.zero_point, q.dtype, q.low, q.high, residual_scale, residual_zero)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

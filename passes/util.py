@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
-from paring.ir.graph import Loc, Node
+from paring.ir.graph import Graph, Loc, Node, rebuild
 from paring.ir.op import Array
+from paring.ir.ops import conv, linear
 from paring.ir.ops.core import Const
 from paring.ir.ops.shape import Broadcast, Reshape
 
@@ -22,6 +25,32 @@ def const_value(node: Node) -> Array:
 
 def constant(array: Array, loc: Loc | None = None) -> Node:
     return Node(Const(np.asarray(array)), (), loc)
+
+
+def is_plain(layer: Node) -> bool:
+    """Whether a convolution or linear layer reads and gives its channels in order, and its weights are not packed."""
+    match layer.op:
+        case conv.Conv2d(layout="NCHW", out_layout="NCHW", weight_layout="OIHW"):
+            return True
+        case linear.Linear(weight_layout="OI", features=None):
+            return True
+    return False
+
+
+def channel_axis(layer: Node) -> int:
+    """The dimension of a layer's result (or a norm's) that holds its channels."""
+    return 1 if isinstance(layer.op, conv.Conv2d | conv.ConvTranspose2d) else layer.type.rank - 1
+
+
+def with_operands(graph: Graph, new: Mapping[Node, Sequence[Node]]) -> Graph:
+    """The graph in which some layers read other nodes after their first operand."""
+
+    def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
+        if node in new:
+            inputs = (inputs[0], *new[node])
+        return node if inputs == node.inputs else node.with_inputs(inputs)
+
+    return rebuild(graph, visit)
 
 
 def splat_value(node: Node) -> float | None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 GRAPHS_IN_A_PART = 64
+FAST = "pytest.mark.fast"
 
 # `python -m pytest` puts the root on the path, where a bare `import ir` would load a second copy of the package.
 sys.path[:] = [str(TESTS), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, TESTS))]
@@ -26,6 +27,12 @@ settings.load_profile("ci")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what the pipelines give into tests/golden/*.ir")
     parser.addoption("--graphs", type=int, default=500, help="how many random graphs go through whole pipelines")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The fast tier does not import the files of the others, and with them torch and TVM."""
+    fast = config.getoption("markexpr").startswith("fast")
+    return True if fast and collection_path.name.startswith("test_") and FAST not in collection_path.read_text() else None
 
 
 @pytest.fixture

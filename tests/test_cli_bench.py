@@ -41,7 +41,7 @@ def test_bench_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr("paring.cli.bench.find_spec", lambda name: name)
     done = Result("bench", "--models", "resnet18", "--against", "tvm-default", "--threads", 1, "--rounds", 3, "--json", "-")
     assert done.json() == [{**record, **times}]
-    assert asked == [("cnn", ("resnet18",), ("paring", "tvm-default"), 1, 3, None)]
+    assert asked == [("cnn", ("resnet18",), ("tvm-default",), 1, 3, None)]
     done = Result("bench", "--models", "resnet18", "--json", tmp_path / "r.json")
     assert "resnet18" in done.out
     assert asked[-1][-1] == str(tmp_path / "r.json")

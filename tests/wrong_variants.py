@@ -13,9 +13,9 @@ from paring.ir import Graph, Node, Region
 from paring.ir.ops import attention, binary, linear, norm, pack, pool, reduce, shape, unary
 from paring.ir.ops.core import Const
 from paring.passes import decompose
-from paring.passes.fold_bn import _axis, _scaled
+from paring.passes.fold_bn import _scaled
 from paring.passes.pattern import Match
-from paring.passes.util import channel_values, const_value, constant
+from paring.passes.util import channel_axis, channel_values, const_value, constant
 
 Rewrite = Callable[[Match], Node | None]
 
@@ -263,7 +263,7 @@ def _folded_norm(*, eps: bool = True, mean: bool = True, bias: bool = True, root
 
 def _scale(m: Match) -> Any:
     layer = m["layer"]
-    axis = _axis(layer)
+    axis = channel_axis(layer)
     values = channel_values(m["c"], layer.type.shape[axis], axis, layer.type.rank)
     return None if values is None else values.astype(np.float64)
 

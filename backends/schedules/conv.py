@@ -14,7 +14,7 @@ from math import prod
 from tvm import tirx
 
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, flatten
-from paring.backends.schedules.dot import dot_for
+from paring.backends.schedules.dot import dot_for, dot_of
 from paring.backends.schedules.tiles import (
     CHAINS,
     Accumulators,
@@ -132,8 +132,7 @@ def find(body: Graph, target: Target) -> Node | None:
 
 def knobs(node: Node, target: Target) -> ConvKnobs:
     """The default settings: two channel blocks where the reduction is long and twice their weights fit the cache."""
-    shape, dot = Shape.of(node), dot_for(node.inputs[0].type.dtype, target)
-    assert dot is not None
+    shape, dot = Shape.of(node), dot_of(node, target)
     depth = -(-shape.in_channels // dot.depth) * shape.kernel[0] * shape.kernel[1]
     # Of bytes each pixel is loaded and repeated by an instruction of its own, which two blocks share.
     if overlaps(target, depth) and dot.depth == 1:
@@ -232,8 +231,7 @@ class _Tile:
         self.widths = tuple(computed(lanes, s.block) for lanes in self.used)
         op = self.anchor.op
         assert isinstance(op, Conv2d)
-        dot = dot_for(self.anchor.inputs[0].type.dtype, k.target)
-        assert dot is not None
+        dot = dot_of(self.anchor, k.target)
         self.dot, self.padding = dot, op.pad_value if op.pad_value or dot.uniform else None
         pixels = s.images * s.out_height * s.out_width
         self.sums = Accumulators(k, self.tile.width + dot.uniform, self.widths, dot, pixels)

@@ -13,7 +13,9 @@ from tvm.script.ir_builder import tirx as T
 
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, splat
 from paring.backends.targets import Target
-from paring.backends.vecmath import full, lanes_in, reinterpret
+from paring.backends.vecmath import full, lanes_in, part, reinterpret
+from paring.ir.graph import Node
+from paring.ir.types import BYTES
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Sdot(_OneSign):
     def add(self, sums: Value, pixel: Value, weights: Value) -> Value:
         lanes = lanes_in(sums)
         if lanes > 4:
-            halves = [(_part(sums, h, lanes // 2), _part(weights, h, 2 * lanes)) for h in range(2)]
+            halves = [(part(sums, h, lanes // 2), part(weights, h, 2 * lanes)) for h in range(2)]
             return tirx.Shuffle([self.add(s, pixel, w) for s, w in halves], [tirx.const(i, "int32") for i in range(lanes)])
         name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
         return _intrinsic(name, sums, reinterpret(splat(pixel, lanes), "int8", lanes=4 * lanes), weights)
@@ -126,11 +128,6 @@ class Widen(_Bytes):
             weight = tirx.Shuffle([weights], [tirx.const(place + 4 * i, "int32") for i in range(lanes)]).astype(f"int32x{lanes}")
             sums = sums + splat(byte, lanes) * weight
         return sums
-
-
-def _part(vector: Value, number: int, lanes: int) -> Value:
-    """So many neighbouring lanes of a vector."""
-    return tirx.Shuffle([vector], [tirx.const(number * lanes + i, "int32") for i in range(lanes)])
 
 
 @dataclass(frozen=True)
@@ -169,6 +166,13 @@ def dot_for(dtype: str, target: Target) -> Dot | None:
     """How products of that type of x are summed on a target; None where it has no way of its own."""
     if dtype == "float32":
         return FLOAT
-    if dtype not in ("uint8", "int8") or target.dot not in INTEGER:
+    if dtype not in BYTES or target.dot not in INTEGER:
         return None
     return INTEGER[target.dot](signed=dtype == "int8")
+
+
+def dot_of(anchor: Node, target: Target) -> Dot:
+    """How the products of a node are summed that a family has accepted."""
+    dot = dot_for(anchor.inputs[0].type.dtype, target)
+    assert dot is not None
+    return dot

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, unflatten
-from paring.backends.schedules.dot import dot_for
+from paring.backends.schedules.dot import dot_for, dot_of
 from paring.backends.schedules.tiles import (
     CHAINS,
     Accumulators,
@@ -148,8 +148,7 @@ class _Tile:
     def emit(self) -> None:
         k, s = self.kernel, self.shape
         self.batch, self.first, self.m = self.at
-        dot = dot_for(self.anchor.inputs[0].type.dtype, k.target)
-        assert dot is not None
+        dot = dot_of(self.anchor, k.target)
         self.dot, self.excess = dot, self.height * self.steps
         self.sums = Accumulators(k, self.excess + dot.uniform, [s.lanes] * self.vectors.width, dot, s.batch * s.rows)
         for j in range(self.vectors.width):

@@ -8,9 +8,10 @@ from typing import Any
 from paring.backends import lean, manifest
 from paring.frontends.structure import spec_from_json, spec_to_json
 from paring.ir.errors import ArgumentError, ArtifactError, ParingError
-from paring.network import SAVED, Network, Tell, Version
+from paring.network import SAVED, Network, Version
 from paring.passes.ledger import Ledger
 from paring.passes.manager import Result
+from paring.passes.rewriter import Tell
 
 
 def save(version: Version, path: Path) -> Path:

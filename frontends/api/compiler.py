@@ -23,10 +23,7 @@ from paring.passes.base import Pass
 from paring.passes.manager import run_pipeline
 from paring.passes.pipelines import parse_pipeline, prepared
 from paring.passes.pipelines import pipeline as named_pipeline
-from paring.passes.rewriter import Run
-
-# Told what is being done: the stage's name, then steps done and steps in all (0 where unknown).
-Progress = Callable[[str, int, int], None]
+from paring.passes.rewriter import Run, Tell
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Options:
     device: str | None = None
     calibration: tuple[Any, ...] = ()
     metric: Callable[[Any], float] | None = None
-    progress: Progress | None = None
+    progress: Tell | None = None
 
 
 def compile(
@@ -54,7 +51,7 @@ def compile(
     metric: Callable[[Any], float] | None = None,
     dump: str | Path | None = None,
     device: str | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Network:
     """Compile a model for a target.
 
@@ -95,7 +92,7 @@ def _options(
     device: str | None,
     calibration: Iterable[Any] | None,
     metric: Callable[[Any], float] | None,
-    progress: Progress | None,
+    progress: Tell | None,
 ) -> Options:
     if not isinstance(target, str):
         raise ArgumentError(f"target is a name, not {target!r}", hint=f"known: {', '.join(targets.names())}")

@@ -21,13 +21,12 @@ from paring.ir.text import show
 from paring.ir.types import TensorType
 from paring.passes.ledger import Ledger
 from paring.passes.manager import Result
-from paring.passes.rewriter import Run
+from paring.passes.rewriter import Run, Tell
 
 if TYPE_CHECKING:
     from paring.backends.build import Built
     from paring.backends.profile import Profile
 
-Tell = Callable[[str, int, int], None]
 
 # The one stage of a loaded network.
 SAVED = "saved"

@@ -8,7 +8,7 @@ import numpy as np
 
 from paring.ir import layout as lay
 from paring.ir.op import Array, Op, Sample, exact_wide, product_dtype, require, wide
-from paring.ir.types import TensorType
+from paring.ir.types import BYTES, TensorType
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Matmul(Op):
 
     def infer(self, *types: TensorType) -> TensorType:
         x, y = types
-        integer = all(t.dtype in ("int8", "uint8") for t in types)
+        integer = all(t.dtype in BYTES for t in types)
         require(integer or x.dtype == y.dtype, "operands differ in dtype", why=f"{x} against {y}")
         require(integer or (self.x_zero, self.y_zero) == (0, 0), "only integers have zero points")
         require(x.rank >= 2 and x.rank == y.rank and x.shape[:-2] == y.shape[:-2], "batches differ", why=f"{x} against {y}")

@@ -10,7 +10,7 @@ import numpy as np
 from paring.ir import layout as lay
 from paring.ir.op import Array, Op, Sample, require, wide
 from paring.ir.ops.conv import Pair
-from paring.ir.types import TensorType
+from paring.ir.types import BYTES, TensorType
 
 
 def _f(*shape: int) -> TensorType:
@@ -75,7 +75,7 @@ class MaxPool2d(Pool2d):
     """The greatest element of each window, of floats or 8-bit integers; padding never wins; NaN wins always."""
 
     name = "max_pool2d"
-    integers = ("int8", "uint8")
+    integers = BYTES
 
     def ref(self, *arrays: Array) -> Array:
         (x,) = arrays

@@ -11,16 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from paring.ir.op import Array, Op, Sample, require
-from paring.ir.types import DTYPES, TensorType
+from paring.ir.types import BYTES, DTYPES, TensorType
 
 INTEGERS = ("int8", "uint8", "int32")
-BYTES = ("int8", "uint8")
 
 
 def limits(dtype: str) -> tuple[int, int]:
     """The least and greatest integer of a dtype."""
     signed, bits = DTYPES[dtype].kind == "int", DTYPES[dtype].bits
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def narrowed(dtype: str, low: int, high: int) -> tuple[int | None, int | None]:
+    """A range as the ops want it: None for an end that is the dtype's own, or lies beyond it."""
+    least, most = limits(dtype)
+    return (None if low <= least else int(low)), (None if high >= most else int(high))
 
 
 def fma32(x: Array, y: Array, z: Array) -> Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paring.ir.errors import ArgumentError
-from paring.ir.graph import Graph, Node, rebuild
+from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.ir.ops import conv
 from paring.ir.ops.quantized import Dequantize, DequantizeChannels
@@ -18,7 +18,7 @@ from paring.passes.compress.twins import find_twins
 from paring.passes.compress.weights import dequantized
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
-from paring.passes.util import const_value
+from paring.passes.util import const_value, with_operands
 
 # The rectified sigmoid reaches 0 and 1: it is stretched to [-0.1, 1.1] and cut off.
 STRETCH = 1.2
@@ -55,13 +55,13 @@ class AdaRound(Pass):
             return graph
         check_calibration(graph, context, self.name)
         moments = _moments(graph, list(twins.layers), context)
-        new: dict[Node, Node] = {}
+        new: dict[Node, tuple[Node, ...]] = {}
         for number, (layer, old) in enumerate(twins.layers.items()):
             context.tell(self.name, number, len(twins.layers))
             if context.spend(self.name, layer):
-                new[layer] = self._rounded(layer, old, moments[layer])
+                new[layer] = (self._rounded(layer, old, moments[layer]), *layer.inputs[2:])
         context.tell(self.name, len(twins.layers), len(twins.layers))
-        after = _with_weights(graph, new)
+        after = with_operands(graph, new)
         context.promise = twins.promise(after, context)
         return after
 
@@ -158,12 +158,3 @@ def _rows(layer: Node, x: Array) -> Array:
     columns = windows.reshape(n, op.groups, c // op.groups, oh * ow, kh * kw).transpose(1, 0, 3, 2, 4)
     rows = columns.reshape(op.groups, n * oh * ow, -1)
     return rows[:, :: -(-rows.shape[1] // ROWS)]
-
-
-def _with_weights(graph: Graph, weights: dict[Node, Node]) -> Graph:
-    def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
-        if node in weights:
-            inputs = (inputs[0], weights[node], *inputs[2:])
-        return node if inputs == node.inputs else node.with_inputs(inputs)
-
-    return rebuild(graph, visit)

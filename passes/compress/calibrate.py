@@ -52,6 +52,19 @@ def gather(graph: Graph, nodes: Sequence[Node], context: Context, see: Callable[
     context.tell("calibrate", total, total)
 
 
+def peaks(graph: Graph, axes: Mapping[Node, int], context: Context) -> dict[Node, Array]:
+    """The greatest |value| of each channel of some nodes in calibration, float64; `axes`: the dimension of their channels."""
+    found: dict[Node, Array] = {}
+
+    def see(node: Node, values: Array) -> None:
+        others = tuple(d for d in range(values.ndim) if d != axes[node])
+        greatest = np.abs(values).max(others, initial=0.0).astype(np.float64)
+        found[node] = np.maximum(found.get(node, 0.0), greatest)
+
+    gather(graph, list(axes), context, see)
+    return found
+
+
 def calibrate(
     graph: Graph, groups: Sequence[tuple[Node, ...]], make: Callable[[], Observer], dtype: str, context: Context
 ) -> tuple[dict[Node, Affine], set[Node]]:

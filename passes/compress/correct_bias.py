@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paring.ir.graph import Graph, Node, rebuild
+from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
-from paring.ir.ops import conv, reduce
+from paring.ir.ops import reduce
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import check_calibration, gather
 from paring.passes.compress.twins import find_twins, real_weight
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
-from paring.passes.util import const_value, constant
+from paring.passes.util import channel_axis, const_value, constant, with_operands
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class CorrectBias(Pass):
 
         gather(graph, list(errors), context, see)
         shifts = {layer: sums[node] / len(context.calibration) for node, layer in errors.items()}
-        shifts = {layer: shift for layer, shift in shifts.items() if context.spend(self.name, layer)}
-        after = _with_shifts(graph, shifts)
+        new = {layer: _shifted(layer, shift) for layer, shift in shifts.items() if context.spend(self.name, layer)}
+        after = with_operands(graph, new)
         context.promise = twins.promise(after, context)
         return after
 
@@ -50,16 +50,11 @@ def _mean_error(layer: Node, old: Node) -> Node:
     """For each output the mean of what exact weights would give less what the rounded ones give, on the same operand."""
     lost = constant(const_value(old.inputs[1]) - const_value(real_weight(layer)))
     missing = Node(layer.op, (layer.inputs[0], lost))
-    axis = 1 if isinstance(layer.op, conv.Conv2d) else layer.type.rank - 1
-    return Node(reduce.Mean(tuple(d for d in range(layer.type.rank) if d != axis)), (missing,))
+    return Node(reduce.Mean(tuple(d for d in range(layer.type.rank) if d != channel_axis(layer))), (missing,))
 
 
-def _with_shifts(graph: Graph, shifts: dict[Node, Array]) -> Graph:
-    def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
-        if node in shifts:
-            bias = const_value(node.inputs[2]).astype(np.float64) if len(node.inputs) == 3 else 0.0
-            loc = node.inputs[2].loc if len(node.inputs) == 3 else node.loc
-            inputs = (*inputs[:2], constant((bias + shifts[node]).astype(np.float32), loc))
-        return node if inputs == node.inputs else node.with_inputs(inputs)
-
-    return rebuild(graph, visit)
+def _shifted(layer: Node, shift: Array) -> tuple[Node, Node]:
+    """Its weight, and a bias that is so much more."""
+    biases = layer.inputs[2:]
+    bias = const_value(biases[0]).astype(np.float64) if biases else 0.0
+    return layer.inputs[1], constant((bias + shift).astype(np.float32), biases[0].loc if biases else layer.loc)

@@ -13,11 +13,10 @@ from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.ir.ops import unary
 from paring.passes.base import Pass
-from paring.passes.compress.calibrate import check_calibration, gather
+from paring.passes.compress.calibrate import check_calibration, peaks
 from paring.passes.compress.rescale import (
     Values,
     carries,
-    channel_axis,
     divide_outputs,
     input_ranges,
     is_layer,
@@ -29,6 +28,7 @@ from paring.passes.compress.rescale import (
 from paring.passes.compress.scan import output_noise
 from paring.passes.contract import Close, Lossy
 from paring.passes.rewriter import Context
+from paring.passes.util import channel_axis
 
 RANGES = ("weights", "activations")
 SWEEPS = 30
@@ -73,7 +73,7 @@ class Equalize(Pass):
             check_calibration(graph, context, self.name)
         if not links:
             return graph
-        after = with_values(graph, _equalized(links, _peaks(graph, links, context), self.ranges))
+        after = with_values(graph, _equalized(links, _activations(graph, links, context), self.ranges))
         if any(link.clamp for link in links):
             context.promise = Lossy("noise", output_noise(graph, after, context))
         return after
@@ -125,18 +125,9 @@ def _inputs_of(layer: Node) -> int:
     return layer.inputs[0].type.shape[channel_axis(layer)]
 
 
-def _peaks(graph: Graph, links: list[Link], context: Context) -> dict[Node, Array]:
+def _activations(graph: Graph, links: list[Link], context: Context) -> dict[Node, Array]:
     """The greatest |value| of each channel of each first layer's result in calibration; empty without data."""
-    peaks: dict[Node, Array] = {}
-
-    def see(node: Node, values: Array) -> None:
-        axis = channel_axis(node)
-        greatest = np.abs(values).max(tuple(d for d in range(values.ndim) if d != axis), initial=0.0).astype(np.float64)
-        peaks[node] = np.maximum(peaks.get(node, 0.0), greatest)
-
-    if context.calibration:
-        gather(graph, [link.first for link in links], context, see)
-    return peaks
+    return peaks(graph, {link.first: channel_axis(link.first) for link in links}, context) if context.calibration else {}
 
 
 def _equalized(links: list[Link], peaks: dict[Node, Array], ranges: str) -> Values:

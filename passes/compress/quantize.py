@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph, Node
-from paring.ir.ops.quantized import BYTES
+from paring.ir.types import BYTES
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import calibrate, check_calibration
 from paring.passes.compress.observers import make_observer

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from paring.ir.graph import Graph, Node, rebuild
+from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
-from paring.ir.ops import conv, linear, norm, pool, reduce, shape, unary
-from paring.passes.util import const_value, constant, is_const
+from paring.ir.ops import conv, norm, pool, reduce, shape, unary
+from paring.passes.util import const_value, constant, is_const, is_plain, with_operands
 
 NORMS = (norm.LayerNorm, norm.RmsNorm)
 Values = dict[Node, list[Array]]
@@ -18,22 +18,13 @@ Values = dict[Node, list[Array]]
 
 def is_layer(node: Node) -> bool:
     """A convolution or linear layer in plain layout with constant float32 weights."""
-    if node.type.dtype != "float32" or not all(map(is_const, node.inputs[1:])):
-        return False
-    if isinstance(node.op, conv.Conv2d):
-        return (node.op.layout, node.op.out_layout, node.op.weight_layout) == ("NCHW", "NCHW", "OIHW")
-    return node.op == linear.Linear()
+    return node.type.dtype == "float32" and is_plain(node) and all(map(is_const, node.inputs[1:]))
 
 
 def is_norm(node: Node) -> bool:
     """A norm over the last dimension with constant float32 weights."""
     constants = node.inputs[1:]
     return isinstance(node.op, NORMS) and all(is_const(i) and i.type.rank == 1 and i.type.dtype == "float32" for i in constants)
-
-
-def channel_axis(node: Node) -> int:
-    """The dimension of the result that holds the channels."""
-    return 1 if isinstance(node.op, conv.Conv2d) else node.type.rank - 1
 
 
 def carries(node: Node, axis: int) -> int | None:
@@ -95,10 +86,8 @@ def multiply_inputs(values: list[Array], node: Node, scale: Array) -> None:
 def with_values(graph: Graph, new: Mapping[Node, list[Array]]) -> Graph:
     """The graph with the constants of some layers replaced, rounded once."""
 
-    def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
-        if node in new:
-            arrays = zip(node.inputs[1:], new[node], strict=True)
-            inputs = (inputs[0], *(constant(value.astype(old.type.dtype), old.loc) for old, value in arrays))
-        return node if inputs == node.inputs else node.with_inputs(inputs)
+    def constants(layer: Node) -> list[Node]:
+        arrays = zip(layer.inputs[1:], new[layer], strict=True)
+        return [constant(value.astype(old.type.dtype), old.loc) for old, value in arrays]
 
-    return rebuild(graph, visit)
+    return with_operands(graph, {layer: constants(layer) for layer in new})

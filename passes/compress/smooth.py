@@ -11,7 +11,7 @@ from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.ir.ops import linear, shape, unary
 from paring.passes.base import Pass
-from paring.passes.compress.calibrate import check_calibration, gather
+from paring.passes.compress.calibrate import check_calibration, peaks
 from paring.passes.compress.rescale import (
     Values,
     divide_outputs,
@@ -59,25 +59,19 @@ class Smooth(Pass):
         if not groups:
             return graph
         check_calibration(graph, context, self.name)
-        peaks: dict[Node, Array] = {}
-
-        def see(node: Node, array: Array) -> None:
-            greatest = np.abs(array).reshape(-1, array.shape[-1]).max(0, initial=0.0).astype(np.float64)
-            peaks[node] = np.maximum(peaks.get(node, 0.0), greatest)
-
-        gather(graph, [group.end for group in groups], context, see)
+        largest = peaks(graph, {group.end: group.end.type.rank - 1 for group in groups}, context)
         values: Values = {}
         for group in groups:
             if context.spend(self.name, group.producer):
-                self._smooth(group, peaks[group.end], values)
+                self._smooth(group, largest[group.end], values)
         return with_values(graph, values)
 
-    def _smooth(self, group: Group, peaks: Array, values: Values) -> None:
+    def _smooth(self, group: Group, largest: Array, values: Values) -> None:
         for node in (group.producer, *group.readers):
             values.setdefault(node, values_of(node))
         weights = np.max([input_ranges(values[reader][0], reader) for reader in group.readers], 0)
-        both = (peaks > 0) & (weights > 0)
-        large, small = np.where(both, peaks, 1.0), np.where(both, weights, 1.0)
+        both = (largest > 0) & (weights > 0)
+        large, small = np.where(both, largest, 1.0), np.where(both, weights, 1.0)
         scale = large**self.strength / small ** (1 - self.strength)
         # One factor for all features does not matter: around 1 the weights stay near what they were.
         scale = np.where(both, scale / np.exp(np.log(scale[both]).mean() if both.any() else 0.0), 1.0)

@@ -14,7 +14,7 @@ from paring.ir.op import Op
 from paring.ir.ops import binary, conv, linear, norm, pool, quantized, reduce, shape, unary
 from paring.ir.ops.core import Const
 from paring.passes.compress.observers import Affine
-from paring.passes.util import const_value, is_const
+from paring.passes.util import const_value, is_const, is_plain
 
 LAYERS: tuple[type[Op], ...] = (conv.Conv2d, linear.Linear)
 PRODUCTS: tuple[type[Op], ...] = (*LAYERS, linear.Matmul)
@@ -192,11 +192,8 @@ def _eligible(node: Node, origins: Mapping[Node, tuple[Node, ...]]) -> bool:
         return False
     if node.type.dtype != "float32" or node.type.size == 0 or any(i.type.size == 0 for i in node.inputs):
         return False
-    if isinstance(node.op, conv.Conv2d):
-        op = node.op
-        return (op.layout, op.out_layout, op.weight_layout) == ("NCHW", "NCHW", "OIHW") and all(map(is_const, node.inputs[1:]))
-    if isinstance(node.op, linear.Linear):
-        return node.op == linear.Linear() and all(map(is_const, node.inputs[1:]))
+    if isinstance(node.op, LAYERS):
+        return is_plain(node) and all(map(is_const, node.inputs[1:]))
     constants = [i for i in node.inputs if _constant(i, origins)]
     masked = any(_is_mask(i, origins) for s in (node, *(s for i in node.inputs for s in origins[i])) for i in s.inputs)
     return len(constants) < len(node.inputs) and not masked

@@ -54,8 +54,7 @@ def bench(
             find(name, known, kind)
     check_writable(file)
     check_installed(models or suite_models(suite), peers or COMPARED[precision])
-    systems = ("paring", *(name for name in peers or COMPARED[precision] if name != "paring"))
-    records = run_bench(suite, models, systems, threads, rounds, file, precision=precision, **more)
+    records = run_bench(suite, models, peers, threads, rounds, file, precision=precision, **more)
     view = [table(records), text(f"{host()}; {threads} threads")]
     failed = all("error" in record for record in records)
     return Report(records, view + ([text(f"wrote {file}")] if file else []), USER if failed else OK)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paring.cli.frame import Tell
 from paring.cli.inputs import Example
 from paring.cli.run import leaves
 from paring.ir import Const, Graph, Input, Node, interpret, magnitude_bound
 from paring.ir.ops.shape import Reshape
 from paring.passes.contract import same_bits, ulps_apart
 from paring.passes.noise import Oracle
+from paring.passes.rewriter import Tell
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-Tell = Callable[[str, int, int], None]
+    from paring.passes.rewriter import Tell
+
 
 # How files of the user are called once they are imported.
 USER_MODULE = "paring_user_"

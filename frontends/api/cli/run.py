@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paring.cli.frame import Report, Tell, progress, table, text
+from paring.cli.frame import Report, progress, table, text
 from paring.cli.options import Device, Seed
 from paring.cli.tables import ledger_table
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from paring.passes.rewriter import Tell
 
     Array = np.ndarray[Any, Any]
 

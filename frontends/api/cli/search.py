@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paring.cli.frame import MISMATCH, Report, Tell, progress, table, text
+from paring.cli.frame import MISMATCH, Report, progress, table, text
 from paring.cli.options import Device, Model, Passes, Pipeline, Plugins, Seed, TargetName
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paring.ir.graph import Graph
     from paring.passes.base import Pass
     from paring.passes.bisect import Culprit
+    from paring.passes.rewriter import Tell
 
 
 def bisect(

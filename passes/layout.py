@@ -114,24 +114,25 @@ def _conv(w: _Walker, node: Node) -> Node | None:
         return None
     out, per_group = weight.type.shape[:2]
     channels, block = x.type.shape[1], w.block
-    depthwise = per_group == 1 < op.groups == channels == out
     whole_groups = per_group % block == 0 and (out // op.groups) % block == 0
-    if op.groups > 1 and not depthwise and not whole_groups:
+    # Groups as wide as their results, of which a block holds several: depthwise ones, for instance.
+    narrow = op.groups > 1 and channels == out and per_group < block and block % per_group == 0
+    if op.groups > 1 and not narrow and not whole_groups:
         return None
-    integer = weight.type.dtype == "int8" and not depthwise
+    integer = weight.type.dtype == "int8" and not narrow
     if integer and w.group == 1:
         return None
     # A plain image of few channels (the first layer's) is read as it is, or in blocks of what is summed at once: its channels
     # would not fill a block.
     few = not w.is_blocked(x) and channels < block and op.groups == 1
     from_plain = few and not integer
-    block_in = 1 if from_plain or depthwise else w.group if few and channels <= w.group else block
-    source = w.plain(x) if from_plain else w.blocked(x) if block_in in (1, block) else w.in_blocks_of(block_in, x)
+    block_in = 1 if from_plain else per_group if narrow else w.group if few and channels <= w.group else block
+    source = w.plain(x) if from_plain else w.blocked(x) if narrow or block_in == block else w.in_blocks_of(block_in, x)
     if source is None:
         return None
-    groups = blocks_of(out, block) * block if depthwise else op.groups
+    groups = blocks_of(out, block) * block // per_group if narrow else op.groups
     weight_layout = f"OIHW{block_in // w.group}i{block}o{w.group}i" if integer else f"OIHW{block_in}i{block}o"
-    layout = "NCHW" if from_plain else w.layout if depthwise else f"NCHW{block_in}c"
+    layout = "NCHW" if from_plain else w.layout if narrow else f"NCHW{block_in}c"
     # Bytes are read in whole groups: the weights of what fills up the last one are zeros.
     read = blocks_of(channels, w.group) * w.group if integer else channels
     in_channels = read if op.groups == 1 and read % block_in else 0

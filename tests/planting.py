@@ -435,6 +435,11 @@ def depthwise(b: Builder) -> Node:
     return b.layer(x, x.type.shape[1], 3, groups=x.type.shape[1], stride=b.choose(1, 2))
 
 
+def narrow_groups(b: Builder) -> Node:
+    x = b.layer(b.image(), b.choose(4, 6, 12), 1)
+    return b.layer(x, x.type.shape[1], 3, groups=x.type.shape[1] // 2, stride=b.choose(1, 2))
+
+
 def epilogue(b: Builder) -> Node:
     y = b.layer(b.image(), b.choose(1, 3, 8), b.choose(1, 3))
     y = b.node(binary.Sub(), *((y, b.like(y))[:: b.choose(1, -1)]))
@@ -466,7 +471,17 @@ PASS_PLANTERS: dict[str, tuple[Plant, ...]] = {
     "const-fold": (constant_difference, empty_part),
     "cse": (twins,),
     "layout{block=4}": (
-        *(blocked_concat, blocked_slice, blocked_pad, blocked_gate, blocked_pool, blocked_shift, depthwise, splitting),
+        *(
+            blocked_concat,
+            blocked_slice,
+            blocked_pad,
+            blocked_gate,
+            blocked_pool,
+            blocked_shift,
+            depthwise,
+            narrow_groups,
+            splitting,
+        ),
     ),
     "fuse": (epilogue, elementwise_chain, shared_value, prologue),
 }

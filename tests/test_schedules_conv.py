@@ -48,12 +48,16 @@ def region(
     plain: bool = False,
     bias: bool = True,
     epilogue: str = "relu",
+    narrow: int = 1,
 ) -> Graph:
-    """A convolution with an epilogue; `channels` in blocks (`plain`: the input's as they are), depthwise where groups is 0."""
+    """A convolution with an epilogue; `channels` in blocks (`plain`: the input's as they are).
+
+    Where groups is 0 they have `narrow` channels each.
+    """
     ci, co = channels
     deep = groups == 0
-    i = 1 if plain or deep else block
-    groups = co * block if deep else groups
+    i = narrow if deep else 1 if plain else block
+    groups = co * block // narrow if deep else groups
     x = (batch, ci, *size) if plain else (batch, ci, *size, block)
     x, w, b = inputs(x, (co, 1 if deep else ci // groups, *kernel, i, block), (co * block,))
     op = Conv2d(stride, padding, dilation, groups, "NCHW" if plain else f"NCHW{block}c", f"NCHW{block}c", f"OIHW{i}i{block}o")
@@ -121,6 +125,7 @@ def draw(rng: np.random.Generator, block: int, deep: bool) -> Graph | None:
         plain,
         rng.random() < 0.7,
         str(rng.choice(["relu", "none", "add", "floor"])),
+        int(rng.choice([1, 1, 2, 4, block // 2])),
     )
 
 
@@ -141,7 +146,7 @@ def test_random_convolutions(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", X86)
-def test_random_depthwise(name: str) -> None:
+def test_random_narrow_groups(name: str) -> None:
     target = native(name)
     check(some(24, target.block, True, 2), target, depthwise)
 

@@ -73,16 +73,17 @@ def convolution(target: Target, c: int, size: int, o: int, kernel: int, stride: 
     return requantized(Node(op, (x, const(weight), const(bias))), x, rng, c * kernel * kernel)
 
 
-def depthwise(target: Target, c: int, size: int, kernel: int, stride: int, dtype: str, zero: int) -> Graph:
+def narrow(target: Target, c: int, size: int, kernel: int, stride: int, group: int, dtype: str, zero: int) -> Graph:
+    """Groups of so many channels."""
     rng, b = np.random.default_rng((c, size, kernel)), target.block
     blocks = -(-c // b)
     x = Node(Input("x", dtype, (1, blocks, size, size + 1, b)))
-    layout, padding = f"OIHW1i{b}o", (kernel // 2, kernel // 2)
-    weight = pack.PackConvWeight(layout).ref(extremes(rng, "int8", (c, 1, kernel, kernel)))
+    layout, padding = f"OIHW{group}i{b}o", (kernel // 2, kernel // 2)
+    weight = pack.PackConvWeight(layout).ref(extremes(rng, "int8", (c, group, kernel, kernel)))
     bias = rng.integers(-1000, 1000, blocks * b).astype(np.int32)
     names = {"layout": f"NCHW{b}c", "out_layout": f"NCHW{b}c", "weight_layout": layout}
-    op = Conv2d((stride, stride), (padding, padding), groups=blocks * b, pad_value=zero, **names)
-    return requantized(Node(op, (x, const(weight), const(bias))), x, rng, kernel * kernel)
+    op = Conv2d((stride, stride), (padding, padding), groups=blocks * b // group, pad_value=zero, **names)
+    return requantized(Node(op, (x, const(weight), const(bias))), x, rng, group * kernel * kernel)
 
 
 def linear(target: Target, rows: int, depth: int, out: int, dtype: str) -> Graph:
@@ -95,11 +96,11 @@ def linear(target: Target, rows: int, depth: int, out: int, dtype: str) -> Graph
 
 def graphs(target: Target) -> list[tuple[str, Graph]]:
     convolutions = [(5, 7, 9, 3, 1), (16, 6, 24, 1, 1), (20, 9, 7, 3, 2), (33, 5, 40, 5, 1), (8, 4, 8, 1, 2), (3, 15, 20, 7, 2)]
-    images = [(16, 7, 3, 1), (20, 15, 3, 2), (33, 6, 5, 1)]
+    images = [(16, 7, 3, 1, 1), (20, 15, 3, 2, 1), (33, 6, 5, 1, 1), (24, 6, 3, 1, 2)]
     layers = [(1, 64, 40), (7, 50, 16), (30, 131, 50), (5, 3, 7), (65, 256, 96)]
     return [
         *(("conv", convolution(target, *c, *x)) for c, x in product(convolutions, ACTIVATIONS)),
-        *(("depthwise", depthwise(target, *c, *x)) for c, x in product(images, ACTIVATIONS)),
+        *(("depthwise", narrow(target, *c, *x)) for c, x in product(images, ACTIVATIONS)),
         *(("gemm", linear(target, *c, x)) for c, x in product(layers, ("uint8", "int8"))),
     ]
 

@@ -1,13 +1,16 @@
-"""Depthwise convolution on blocked channels: NCHW{b}c in and out, weights OIHW1i{b}o, each channel on its own.
+"""Convolution of narrow groups on blocked channels: NCHW{b}c in and out, weights OIHW{g}i{b}o, g channels in and out of a group.
 
-A register tile is some columns of one channel block. Each input vector is loaded once for a kernel row and multiplied by all
-the taps that read it. Borders as in `conv`: no tap runs outside the image.
+A block holds whole groups; with g = 1 (depthwise) each channel is on its own. A register tile is some columns of one channel
+block. For each of the g inputs of a group, an input vector is loaded once for a kernel row, its lanes brought to all outputs of
+their group, and multiplied by all the taps that read it. Borders as in `conv`: no tap runs outside the image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from tvm import tirx
 
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant
 from paring.backends.schedules.conv import Shape, kernel_rows
@@ -26,7 +29,7 @@ from paring.backends.schedules.tiles import (
     tile_height,
 )
 from paring.backends.targets import Target
-from paring.backends.vecmath import cast
+from paring.backends.vecmath import cast, lanes_in
 from paring.ir import layout as lay
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.conv import Conv2d
@@ -40,17 +43,17 @@ class DepthwiseKnobs:
 
 
 def find(body: Graph, target: Target) -> Node | None:
-    """The depthwise convolution of a region that this family runs, or None."""
+    """The convolution of narrow groups of a region that this family runs, or None."""
     node = only_anchor(body, Conv2d)
     if node is None:
         return None
     op, b = node.op, target.block
     assert isinstance(op, Conv2d)
-    layouts = lay.channel_block(op.layout), lay.channel_block(op.out_layout), lay.weight_blocks(op.weight_layout)
-    if op.algorithm != "direct" or layouts != (b, b, (1, b)):
+    tail = lay.weight_tail(op.weight_layout)
+    if op.algorithm != "direct" or (lay.channel_block(op.layout), lay.channel_block(op.out_layout), tail[1:]) != (b, b, (b,)):
         return None
     blocks, inputs = node.inputs[1].type.shape[:2]
-    return node if inputs == 1 and op.groups == blocks * b else None
+    return node if inputs == 1 and op.groups * tail[0] == blocks * b and b % tail[0] == 0 else None
 
 
 def knobs(node: Node, target: Target) -> DepthwiseKnobs:
@@ -83,28 +86,40 @@ def _tile(kernel: Kernel, anchor: Node, shape: Shape, at: tuple[Scalar, ...], ti
     low, high = kernel_rows(kernel, shape, y)
     image, weight = (kernel.buffers[operand] for operand in anchor.inputs[:2])
     padding = constant(op.pad_value, dtype, lanes) if op.pad_value else None
+    group = shape.block_in
 
-    def taps(kh: Scalar) -> list[Value]:
-        first = kernel.bind((block * shape.kernel[0] + kh) * shape.kernel[1] * lanes)
-        found = (cast(kernel.load(weight, Lanes(first + tap * lanes, lanes)), dtype) for tap in range(shape.kernel[1]))
-        return [kernel.bind(tap) for tap in found]
+    def taps(kh: Scalar, member: int) -> list[Value]:
+        first = kernel.bind((block * shape.kernel[0] + kh) * shape.kernel[1] * group * lanes + member * lanes)
+        places = (Lanes(first + tap * group * lanes, lanes) for tap in range(shape.kernel[1]))
+        return [kernel.bind(cast(kernel.load(weight, place), dtype)) for place in places]
 
     with kernel.loop(high, start=low) as kh:
         row = y * shape.stride[0] - shape.top + kh * shape.dilation[0]
         plane = n * anchor.type.shape[1] + block
         origin = kernel.bind(((plane * shape.height + row) * shape.width + x * shape.stride[1] - shape.left) * lanes)
-        weights = taps(kh)
-        for column, uses in _uses(shape, tile).items():
-            pixel = kernel.bind(cast(kernel.load(image, Lanes(origin + column * lanes, lanes)), dtype))
-            for i, tap in uses:
-                sums.add(i, 0, pixel, weights[tap])
-        if padding is not None:
-            _pad(sums, padding, weights, tile.kind)
+        for member in range(group):
+            weights = taps(kh, member)
+            for column, uses in _uses(shape, tile).items():
+                pixels = cast(kernel.load(image, Lanes(origin + column * lanes, lanes)), dtype)
+                pixel = kernel.bind(_spread(pixels, group, member))
+                for i, tap in uses:
+                    sums.add(i, 0, pixel, weights[tap])
+            if padding is not None:
+                _pad(sums, padding, weights, tile.kind)
     if padding is not None and shape.padded_rows:
         for start, stop in ((0, low), (high, shape.kernel[0])):
             with kernel.loop(stop, start=start) as kh:
-                _pad(sums, padding, taps(kh), [range(0)] * shape.kernel[1])
+                for member in range(group):
+                    _pad(sums, padding, taps(kh, member), [range(0)] * shape.kernel[1])
     finish(kernel, anchor, Block(tile.width, [lanes], sums.value, lambda i, _: (n, block, y, x + i, Lanes(0, lanes))))
+
+
+def _spread(pixels: Value, group: int, member: int) -> Value:
+    """One channel of each group of neighbouring lanes, in all lanes of its group."""
+    if group == 1:
+        return pixels
+    lanes = range(lanes_in(pixels))
+    return tirx.Shuffle([pixels], [tirx.const(lane // group * group + member, "int32") for lane in lanes])
 
 
 def _pad(sums: Accumulators, padding: Value, weights: Sequence[Value], kind: Sequence[range]) -> None:

@@ -200,7 +200,7 @@ class Executable(Network):
         node = step.node
         operands = {root(operand) for operand in step.operands}
         moved = node.type.bytes + sum(operand.type.bytes for operand in operands)
-        macs = node.op.macs(node.type, *(operand.type for operand in node.inputs))
+        macs = node.macs
         kind = getattr(node.op, "kind", node.op.name)
         return KernelTime(kernel_name(step, self.built.target), kind, node.loc, macs, moved, ns)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import platform
 import re
 from dataclasses import dataclass, replace
 
 import psutil
 
-from paring.ir.errors import ArgumentError
+from paring.ir.errors import ArgumentError, nearest
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,8 @@ def resolve(name: str) -> Target:
     if name in TARGETS:
         return for_host(TARGETS[name])
     if name not in ALIASES:
-        near = difflib.get_close_matches(name, names(), 1, 0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ArgumentError(f"unknown target {name!r}", hint=f"{hint}known: {', '.join(names())}")
+        known = f"known: {', '.join(names())}"
+        raise ArgumentError(f"unknown target {name!r}", hint=f"{nearest(name, names(), '')} {known}".lstrip())
     for candidate in ALIASES[name]:
         if not missing_flags(TARGETS[candidate]):
             return for_host(TARGETS[candidate])

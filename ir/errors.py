@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ParingError(Exception):
     """Base of all errors that Paring raises on purpose.
@@ -25,6 +28,11 @@ class ParingError(Exception):
             if text:
                 lines.append(f"  {label}: {text}")
         return "\n".join(lines)
+
+    def at(self, place: str) -> None:
+        """Say that it happened inside `place`."""
+        self.where = f"{place}: {self.where}" if self.where else place
+        self.args = self.what, self.where, self.why, self.hint
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.where, self.why, self.hint)
@@ -74,6 +82,13 @@ class ModelError(ParingError):
 
 class InputError(ParingError):
     """A call with the wrong number, shape, dtype or device of inputs."""
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """A hint for a name that is not there: the one that holds it or looks like it, or what else there is to say."""
+    known = list(known)
+    near = [each for each in known if name and name in each] or difflib.get_close_matches(name, known, 1, 0.4)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 class ArgumentError(ParingError):

@@ -53,7 +53,14 @@ class Node:
             raise IRTypeError(f"{op.name}: {error.what}", where=where, why=error.why, hint=error.hint) from None
 
     def with_inputs(self, inputs: Iterable[Node]) -> Node:
-        return Node(self.op, inputs, self.loc)
+        """The same operator on other operands; itself where they are its own."""
+        inputs = tuple(inputs)
+        return self if inputs == self.inputs else Node(self.op, inputs, self.loc)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds, of constant operands too."""
+        return self.op.macs(self.type, *(operand.type for operand in self.inputs))
 
     def __repr__(self) -> str:
         return f"<{self.op.name} {self.type}>"
@@ -84,6 +91,14 @@ class Graph:
         for node in self.nodes():
             counts.update(node.inputs)
         return counts
+
+    def readers(self) -> dict[Node, list[Node]]:
+        """The nodes that read each node, one that reads it twice named twice; an output has no node that reads it."""
+        found: dict[Node, list[Node]] = {node: [] for node in self.nodes()}
+        for node in found:
+            for operand in node.inputs:
+                found[operand].append(node)
+        return found
 
     def __len__(self) -> int:
         return len(self.nodes())
@@ -125,6 +140,6 @@ def substitute(graph: Graph, replacements: Mapping[Node, Node]) -> Graph:
     def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
         if node in replacements:
             return replacements[node]
-        return node if inputs == node.inputs else node.with_inputs(inputs)
+        return node.with_inputs(inputs)
 
     return rebuild(graph, visit)

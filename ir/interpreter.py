@@ -70,17 +70,22 @@ def magnitude_bound(graph: Graph, arrays: Sequence[Array]) -> tuple[list[Array],
     The bound follows each operand's error through every op at first order, so cancellation shows as a bound larger than
     the value itself.
     """
-    values: dict[Node, Array] = {}
-    bounds: dict[Node, Array] = {}
-    given = dict(zip(graph.inputs, arrays, strict=True))
+    check_inputs(graph, arrays)
+    wide = [array.astype(np.float64) if node.type.is_float else array for node, array in zip(graph.inputs, arrays, strict=True)]
+    return _bounded(graph, wide, [np.abs(array.astype(np.float64)) for array in arrays])
+
+
+def _bounded(graph: Graph, arrays: Sequence[Array], given: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    """The outputs of a graph on inputs that have bounds already, and theirs."""
+    values: dict[Node, Array] = dict(zip(graph.inputs, arrays, strict=True))
+    bounds: dict[Node, Array] = dict(zip(graph.inputs, given, strict=True))
     for node in graph.nodes():
+        if node in values:
+            continue
         operands = tuple(values[operand] for operand in node.inputs)
         operand_bounds = tuple(bounds[operand] for operand in node.inputs)
-        if node in given:
-            values[node] = given[node].astype(np.float64) if node.type.is_float else given[node]
-            bounds[node] = np.abs(given[node].astype(np.float64))
-        elif isinstance(node.op, Region):
-            values[node], bounds[node] = _inside(node.op.body, operands, operand_bounds)
+        if isinstance(node.op, Region):
+            (values[node],), (bounds[node],) = _bounded(node.op.body, operands, operand_bounds)
         else:
             values[node] = evaluate(node, operands, exact_real=True)
             bounds[node] = _bound(node, values[node], operands, operand_bounds)
@@ -92,15 +97,3 @@ def _bound(node: Node, value: Array, operands: tuple[Array, ...], bounds: tuple[
         return np.abs(value.astype(np.float64))
     with np.errstate(all="ignore"):
         return np.asarray(node.op.magnitude(value, operands, bounds), dtype=np.float64)
-
-
-def _inside(body: Graph, operands: Sequence[Array], operand_bounds: Sequence[Array]) -> tuple[Array, Array]:
-    values: dict[Node, Array] = dict(zip(body.inputs, operands, strict=True))
-    bounds: dict[Node, Array] = dict(zip(body.inputs, operand_bounds, strict=True))
-    for node in body.nodes():
-        if node not in values:
-            inputs = tuple(values[i] for i in node.inputs)
-            values[node] = evaluate(node, inputs, exact_real=True)
-            bounds[node] = _bound(node, values[node], inputs, tuple(bounds[i] for i in node.inputs))
-    (output,) = body.outputs
-    return values[output], bounds[output]

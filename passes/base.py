@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from paring.ir.errors import ArgumentError, ParseError
+from paring.ir.errors import ArgumentError, ParseError, nearest
 from paring.ir.graph import Graph
 from paring.ir.parser import parse_attributes
 from paring.ir.text import literal
-from paring.passes.contract import Contract, Exact, Lossy, weakest
+from paring.passes.contract import Contract, Exact, Lossy, accumulate
 from paring.passes.options import check_least, settle
 from paring.passes.pattern import Rule
 from paring.passes.rewriter import Context, apply_rules
@@ -22,7 +21,8 @@ from paring.passes.rewriter import Context, apply_rules
 class Pass:
     """Base of all passes. Subclasses state `name`, `contract`, and either `rules` or `run`.
 
-    `lossy`: whether it may change what is computed; then it lives in `compress/` and runs only if asked for.
+    `lossy`: whether it may change what is computed, as a Lossy contract says; then it lives in `compress/` and runs only if
+    asked for.
     `calibrated`: whether it looks at calibration data. `least`: the least values of whole numbers among the options.
     """
 
@@ -31,6 +31,9 @@ class Pass:
     lossy: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     least: ClassVar[Mapping[str, int]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.lossy = cls.lossy or isinstance(cls.contract, Lossy)
 
     def __post_init__(self) -> None:
         settle(self)
@@ -49,14 +52,11 @@ class Pass:
         return apply_rules(graph, self.rules(), context)
 
     def promise(self, context: Context) -> Contract:
-        """The contract of one run: what the run wrote down, or for a pass made of rules the weakest of those that fired."""
+        """The contract of one run: what the run wrote down, or that of all its rewrites together."""
         if context.promise is not None:
             return context.promise
-        fired = {rewrite.rule for rewrite in context.rewrites}
-        contracts = [rule.contract for rule in self.rules() if rule.name in fired]
-        if not self.rules() or isinstance(self.contract, Lossy):
-            return self.contract
-        return weakest(contracts)
+        contracts = {rule.name: rule.contract for rule in self.rules()}
+        return accumulate([contracts.get(rewrite.rule, self.contract) for rewrite in context.rewrites])
 
     @classmethod
     def summary(cls) -> str:
@@ -76,9 +76,7 @@ def parse_pass(text: str, table: Mapping[str, type[Pass]]) -> Pass:
     name, brace, rest = text.strip().partition("{")
     name = name.strip()
     if name not in table:
-        near = difflib.get_close_matches(name, table, 1, 0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(table)}"
-        raise ArgumentError(f"unknown pass {name!r}", hint=hint)
+        raise ArgumentError(f"unknown pass {name!r}", hint=nearest(name, table, f"known: {', '.join(table)}"))
     cls = table[name]
     try:
         options = parse_attributes(brace + rest) if brace else {}
@@ -87,8 +85,7 @@ def parse_pass(text: str, table: Mapping[str, type[Pass]]) -> Pass:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for option in options:
         if option not in fields:
-            near = difflib.get_close_matches(option, fields, 1, 0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(fields) or 'none'}"
+            hint = nearest(option, fields, f"options: {', '.join(fields) or 'none'}")
             raise ArgumentError(f"pass {name} has no option {option!r}", hint=hint)
     lacking = [field.name for field in fields.values() if field.default is dataclasses.MISSING and field.name not in options]
     if lacking:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,63 +36,78 @@ class Culprit:
 
 @dataclass(frozen=True)
 class _Stage:
-    """One pass that changed something, or failed; `allowed` counts from the oracle that it is judged by."""
+    """One pass that changed something, or failed; `allowed` counts from the oracle that it is judged by.
+
+    Infinite behind a pass that is lossy: what it leaves is the oracle for the passes behind it.
+    """
 
     step: int
     transformation: Pass
-    before: Graph
+    earlier: tuple[Graph, ...]
     after: Graph | None
     rewrites: int
     allowed: float
     error: str = ""
 
 
+Fresh = Callable[[int | None], Context]
+
+
 def bisect(
-    graph: Graph, passes: Sequence[Pass], arrays: Sequence[Array], tell: Callable[[str], None] = lambda what: None
+    graph: Graph,
+    passes: Sequence[Pass],
+    arrays: Sequence[Array],
+    tell: Callable[[str], None] = lambda what: None,
+    fresh: Fresh = Context,
 ) -> Culprit | None:
     """The first pass and rewrite that move the result too far; None where there is none.
 
     Bisects over the passes, then over the rewrites of the first bad one, so it takes about log2(passes * rewrites) runs
-    of the interpreter. A Lossy pass is not judged; what it leaves is the oracle for the passes behind it.
+    of the interpreter. How far a Lossy pass moves the result is not judged; what it leaves is the oracle for those behind it.
+    `fresh`: what a pass is given for so much fuel, with calibration data for those that look at them.
     """
     tell("running the passes")
-    stages = _run(graph, passes)
+    stages = _run(graph, passes, fresh)
     while stages:
-        lossy = next((i for i, s in enumerate(stages) if isinstance(s.transformation.contract, Lossy)), len(stages))
-        found = _first_bad(graph, stages[:lossy], arrays, tell)
-        if found is not None:
+        lossy = next((i for i, stage in enumerate(stages) if math.isinf(stage.allowed) and stage.after is not None), len(stages))
+        found = _first_bad(graph, stages[:lossy], arrays, tell, fresh)
+        if found is not None or lossy == len(stages):
             return found
-        if lossy < len(stages):
-            graph = stages[lossy].after or graph
-        stages = stages[lossy + 1 :]
+        reached = stages[lossy].after
+        assert reached is not None
+        graph, stages = reached, stages[lossy + 1 :]
     return None
 
 
-def _run(graph: Graph, passes: Sequence[Pass]) -> list[_Stage]:
-    stages, allowed = [], 0.0
+def _run(graph: Graph, passes: Sequence[Pass], fresh: Fresh) -> list[_Stage]:
+    stages: list[_Stage] = []
+    earlier: tuple[Graph, ...] = (graph,)
+    allowed = 0.0
     for step, transformation in enumerate(passes, 1):
-        after, context, error = _attempt(transformation, graph, None)
-        lossy = isinstance(transformation.contract, Lossy)
-        spent = 0.0 if lossy else allowed_ulps(transformation.promise(context), len(context.rewrites))
-        allowed = 0.0 if lossy else allowed + spent
+        after, context, error = _attempt(transformation, earlier, None, fresh)
+        promise = transformation.promise(context)
+        allowed = math.inf if isinstance(promise, Lossy) else (0.0 if math.isinf(allowed) else allowed) + allowed_ulps(promise)
         if context.rewrites or error:
-            stages.append(_Stage(step, transformation, graph, after, len(context.rewrites), allowed, error))
+            stages.append(_Stage(step, transformation, earlier, after, len(context.rewrites), allowed, error))
         if after is None:
             break
-        graph = after
+        earlier = (*earlier, after) if context.rewrites else earlier
     return stages
 
 
-def _attempt(transformation: Pass, graph: Graph, fuel: int | None) -> tuple[Graph | None, Context, str]:
-    context = Context(fuel)
+def _attempt(transformation: Pass, earlier: Sequence[Graph], fuel: int | None, fresh: Fresh) -> tuple[Graph | None, Context, str]:
+    context = fresh(fuel)
+    context.earlier = earlier
     try:
-        after = run_pass(transformation, graph, context)
+        after = run_pass(transformation, earlier[-1], context)
     except ParingError as error:
         return None, context, str(error)
     return after, context, ""
 
 
-def _first_bad(graph: Graph, stages: Sequence[_Stage], arrays: Sequence[Array], tell: Callable[[str], None]) -> Culprit | None:
+def _first_bad(
+    graph: Graph, stages: Sequence[_Stage], arrays: Sequence[Array], tell: Callable[[str], None], fresh: Fresh
+) -> Culprit | None:
     if not stages:
         return None
     tell("the reference, in float64 and in float32")
@@ -106,14 +122,14 @@ def _first_bad(graph: Graph, stages: Sequence[_Stage], arrays: Sequence[Array], 
     if not bad(last):
         return None
     first = _least(-1, last, bad)
-    return _first_rewrite(stages[first], oracle, tell)
+    return _first_rewrite(stages[first], oracle, tell, fresh)
 
 
-def _first_rewrite(stage: _Stage, oracle: Oracle, tell: Callable[[str], None]) -> Culprit:
+def _first_rewrite(stage: _Stage, oracle: Oracle, tell: Callable[[str], None], fresh: Fresh) -> Culprit:
     @cache
     def judge(fuel: int) -> tuple[bool, Context, float, str]:
         tell(f"pass {stage.step} {stage.transformation.name}, rewrite {fuel} of {stage.rewrites}")
-        after, context, error = _attempt(stage.transformation, stage.before, fuel)
+        after, context, error = _attempt(stage.transformation, stage.earlier, fuel, fresh)
         distance = float("inf") if after is None else oracle.distance_of(after)
         return bool(error) or distance > MARGIN * stage.allowed, context, distance, error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,21 +120,26 @@ def slice_of_reshape(m: Match) -> Node | None:
     return m.decline("the dimension that is cut is not the first part of one dimension of x")
 
 
+def _outputs_cut(node: Node) -> tuple[int, int] | None:
+    """The range of the last dimension that a slice takes, all others being whole; None for any other node."""
+    cut, given = node.op, node.inputs[0].type.shape if node.inputs else ()
+    if not isinstance(cut, shape.Slice) or not given or any(step != 1 for step in cut.steps):
+        return None
+    whole = cut.starts[:-1] == (0,) * (len(given) - 1) and cut.stops[:-1] == given[:-1]
+    return (cut.starts[-1], cut.stops[-1]) if whole else None
+
+
 def slice_of_linear(m: Match) -> Node | None:
     """slice(linear(x, w, b)) of some outputs -> linear(x, those rows of w and b), where the slices share it out"""
-    cut, layer = m.root.op, m["layer"]
-    assert isinstance(cut, shape.Slice)
-    last, rank = layer.type.shape[-1], layer.type.rank
-    size = m.root.type.shape[-1]
-    whole = all(
-        (a, b, s) == (0, n, 1)
-        for a, b, s, n in zip(cut.starts[:-1], cut.stops[:-1], cut.steps[:-1], layer.type.shape, strict=False)
-    )
-    if not whole or cut.steps[rank - 1] != 1 or size == 0:
+    layer = m["layer"]
+    rows = _outputs_cut(m.root)
+    if rows is None or rows[0] == rows[1]:
         return m.decline("the slice cuts more than outputs")
-    if m.uses[layer] * size != last:
+    parts = [_outputs_cut(reader) for reader in m.readers[layer]]
+    known = sorted(part for part in parts if part is not None)
+    disjoint = all(before[1] <= after[0] for before, after in itertools.pairwise(known))
+    if len(known) != m.uses[layer] or not disjoint:
         return m.decline("the slices do not share out the outputs, so some would be computed twice")
-    rows = (cut.starts[-1], cut.stops[-1])
     weight, *bias = layer.inputs[1:]
     part = m.make(shape.Slice((rows[0], 0), (rows[1], weight.type.shape[1]), (1, 1)), weight, loc=weight.loc)
     biases = [m.make(shape.Slice(rows[:1], rows[1:], (1,)), b, loc=b.loc) for b in bias]

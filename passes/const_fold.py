@@ -35,7 +35,7 @@ class ConstFold(Pass):
         values: dict[Node, Array] = {}
 
         def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
-            new = node if inputs == node.inputs else node.with_inputs(inputs)
+            new = node.with_inputs(inputs)
             if isinstance(new.op, Const):
                 values[new] = new.op.value
                 return new

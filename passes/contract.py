@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,9 +57,9 @@ class Lossy:
 
 @dataclass(frozen=True)
 class Steps:
-    """Each rewrite moves each integer that it computes by at most `steps`; floats and `finite` as for Close.
+    """Each rewrite moves each integer that it computes, others than those of other rewrites, by at most `steps`.
 
-    What is computed from an integer that moved moves too: how far, is measured (`noise.sway`).
+    Floats and `finite` as for Close. What is computed from an integer that moved moves too: how far, is measured (`noise.sway`).
     """
 
     steps: int
@@ -73,13 +74,16 @@ class Steps:
 Contract = Exact | Close | Steps | Lossy
 
 
+_NUMBER = r"([0-9.e+-]+|inf)"
+
+
 def parse_contract(text: str) -> Contract:
     """The inverse of `str`. Raises ParseError."""
-    if match := re.fullmatch(r"Lossy\((.*), ([0-9.e+-]+)\)", text):
+    if match := re.fullmatch(rf"Lossy\((.*), {_NUMBER}\)", text):
         return Lossy(match[1], float(match[2]))
-    if match := re.fullmatch(rf"Steps\(([0-9]+)(?:, ([0-9.e+-]+))?\)({FOR_FINITE})?", text):
+    if match := re.fullmatch(rf"Steps\(([0-9]+)(?:, {_NUMBER})?\)({FOR_FINITE})?", text):
         return Steps(int(match[1]), float(match[2] or 0), match[3] is not None)
-    if match := re.fullmatch(rf"(?:Exact|Close\(([0-9.e+-]+)\))({FOR_FINITE})?", text):
+    if match := re.fullmatch(rf"(?:Exact|Close\({_NUMBER}\))({FOR_FINITE})?", text):
         finite = match[2] is not None
         return Close(float(match[1]), finite) if match[1] else Exact(finite)
     raise ParseError(f"{text!r} is not a contract")
@@ -89,8 +93,17 @@ def compose(contracts: Sequence[Contract]) -> Contract:
     """The promise of passes run one after the other: losses as soon as one is lossy, else the sum of the ulps."""
     lossy = [c for c in contracts if isinstance(c, Lossy)]
     if lossy:
-        return Lossy(lossy[-1].metric, sum(c.budget for c in lossy))
+        metrics = dict.fromkeys(c.metric for c in lossy)
+        # Budgets of different metrics have no sum.
+        return Lossy(" and ".join(metrics), sum(c.budget for c in lossy) if len(metrics) == 1 else math.inf)
     return _promise(sum(map(_steps, contracts)), sum(map(_ulps, contracts)), any(map(for_finite, contracts)))
+
+
+def accumulate(contracts: Sequence[Contract]) -> Contract:
+    """The promise of the rewrites of one pass: their ulps add up, and each moves integers of its own."""
+    lossy = [c for c in contracts if isinstance(c, Lossy)]
+    steps, ulps = max(map(_steps, contracts), default=0), sum(map(_ulps, contracts))
+    return lossy[0] if lossy else _promise(steps, ulps, any(map(for_finite, contracts)))
 
 
 def weakest(contracts: Sequence[Contract]) -> Exact | Close | Steps:
@@ -169,9 +182,9 @@ def ulps_apart(x: Array, y: Array, bound: Array) -> Array:
         return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
 
 
-def allowed_ulps(contract: Contract, rewrites: int) -> float:
-    """How many ulps of the bound, or times its noise, a pass that fired `rewrites` times may move an output."""
-    return 1.0 + _ulps(contract) * rewrites
+def allowed_ulps(contract: Contract) -> float:
+    """How many ulps of the bound, or times its noise, an output may move by this promise."""
+    return 1.0 + _ulps(contract)
 
 
 def check(
@@ -180,7 +193,6 @@ def check(
     after: Graph,
     arrays: Sequence[Array],
     *,
-    rewrites: int = 1,
     exact: bool = False,
     who: str = "pass",
     metric: Callable[[Graph], float] | None = None,
@@ -194,7 +206,7 @@ def check(
         _check_metric(contract, before, after, metric, who)
         return
     if isinstance(contract, Steps):
-        _check_steps(contract, before, after, arrays, rewrites, who)
+        _check_steps(contract, before, after, arrays, who)
         return
     if exact and isinstance(contract, Exact):
         for position, (x, y) in enumerate(zip(interpret(before, arrays), interpret(after, arrays), strict=True)):
@@ -202,27 +214,27 @@ def check(
                 raise ContractError(f"{who} promised {contract}, but output {position} has other bits")
         return
     found = difference(before, after, arrays)
-    limit = allowed_ulps(contract, rewrites)
+    limit = allowed_ulps(contract)
     if not found.ulps <= limit:
-        raise ContractError(f"{who} promised {contract} ({limit:g} ulps for {rewrites} rewrites), but moved by {found}")
+        raise ContractError(f"{who} promised {contract} ({limit:g} ulps), but moved by {found}")
     if bound_is_vacuous(before, arrays, limit):
         distance = Oracle.of(before, arrays).distance_of(after)
         if not distance <= MARGIN * limit:
             raise ContractError(f"{who} promised {contract}, but moved the result by {distance:.3g} times its float32 noise")
 
 
-def _check_steps(contract: Steps, before: Graph, after: Graph, arrays: Sequence[Array], rewrites: int, who: str) -> None:
+def _check_steps(contract: Steps, before: Graph, after: Graph, arrays: Sequence[Array], who: str) -> None:
     pairs = zip(interpret(before, arrays), interpret(after, arrays), magnitude_bound(before, arrays)[1], strict=True)
-    steps, ulps = contract.steps * rewrites, allowed_ulps(contract, rewrites)
+    ulps = allowed_ulps(contract)
     for position, ((x, y, bound), moved) in enumerate(zip(pairs, sway(before, arrays), strict=True)):
         with np.errstate(invalid="ignore"):
             apart = np.where((x == y) | ((x != x) & (y != y)), 0.0, np.abs(x.astype(np.float64) - y.astype(np.float64)))
-            own = bound * EPS32 * ulps if x.dtype.kind == "f" else float(steps)
+            own = bound * EPS32 * ulps if x.dtype.kind == "f" else float(contract.steps)
             kept = (apart == 0) | (apart <= own + MARGIN * contract.steps * moved)
         if not kept.all():
             index = tuple(int(i) for i in np.argwhere(~kept)[0])
             what = f"output {position} at {index} is {y[index].item()!r}, was {x[index].item()!r}"
-            raise ContractError(f"{who} promised {contract} ({rewrites} rewrites), but {what}")
+            raise ContractError(f"{who} promised {contract}, but {what}")
 
 
 def bound_is_vacuous(graph: Graph, arrays: Sequence[Array], ulps: float) -> bool:

@@ -21,7 +21,7 @@ class Cse(Pass):
         known: dict[tuple[Op | str, str, tuple[Node, ...]], Node] = {}
 
         def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
-            new = node if inputs == node.inputs else node.with_inputs(inputs)
+            new = node.with_inputs(inputs)
             if isinstance(new.op, Input):
                 return new
             # Attributes 0.0 and -0.0 compare equal in Python, but are not the same op: their text differs.

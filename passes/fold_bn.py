@@ -122,12 +122,12 @@ _C = any_("c")
 _LAYER = op(LAYERS, name="layer", once=True, where=_foldable)
 
 RULES: tuple[Rule, ...] = (
-    Rule(op(norm.BatchNorm, _LAYER, any_("g"), any_("h"), any_("mean"), any_("var")), fold_batch_norm, Close(4)),
-    Rule(op(binary.Mul, _LAYER, _C, commutes=True), fold_scale, Close(2)),
-    Rule(op(binary.Add, _LAYER, _C, commutes=True), fold_shift, Close(2)),
+    Rule(op(norm.BatchNorm, _LAYER, any_("g"), any_("h"), any_("mean"), any_("var")), fold_batch_norm, Close(4, finite=True)),
+    Rule(op(binary.Mul, _LAYER, _C, commutes=True), fold_scale, Close(2, finite=True)),
+    Rule(op(binary.Add, _LAYER, _C, commutes=True), fold_shift, Close(2, finite=True)),
     Rule(op(conv.Conv2d, op(shape.Pad, any_("x"), name="pad"), any_("w")), fold_pad, Exact()),
     Rule(op(conv.Conv2d, op(shape.Pad, any_("x"), name="pad"), any_("w"), any_("b")), fold_pad, Exact()),
-    Rule(op(norm.BatchNorm), batch_norm_to_scale, Close(4)),
+    Rule(op(norm.BatchNorm), batch_norm_to_scale, Close(4, finite=True)),
 )
 
 
@@ -136,7 +136,7 @@ class FoldBn(Pass):
     """Batch norms, constant scales and shifts go into the layer before them, zero padding into the convolution after it."""
 
     name = "fold-bn"
-    contract = Close(4)
+    contract = Close(4, finite=True)
 
     def rules(self) -> Sequence[Rule]:
         return RULES

@@ -197,7 +197,7 @@ def _rebuild(graph: Graph, groups: dict[Node, _Group]) -> Graph:
         group = groups.get(node)
         if group is None:
             inputs = tuple(new[i] for i in node.inputs)
-            new[node] = node if inputs == node.inputs else node.with_inputs(inputs)
+            new[node] = node.with_inputs(inputs)
         elif group.root is node:
             members = sorted(group.nodes, key=position.__getitem__)
             new[node] = _Body(group, groups).region(members, new)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph, Node
 from paring.ir.layout import blocks_of
 from paring.ir.op import Op
@@ -15,6 +16,7 @@ from paring.ir.ops.pack import PackConvWeight
 from paring.passes.base import Pass
 from paring.passes.rewriter import Context
 
+LARGEST_BLOCK = 1024
 # Lanes of padding hold anything, and an integer divided by it would trap.
 _TRAPS: tuple[type[Op], ...] = (binary.FloorDiv, binary.Remainder)
 
@@ -32,6 +34,11 @@ class Layout(Pass):
     name = "layout"
     block: int = 16
     group: int = 1
+
+    def check(self) -> None:
+        super().check()
+        if max(self.block, self.group) > LARGEST_BLOCK:
+            raise ArgumentError(f"pass layout: blocks of {self.block} by {self.group}", hint=f"at most {LARGEST_BLOCK}")
 
     def run(self, graph: Graph, context: Context) -> Graph:
         walker = _Walker(self.block, self.group, context)
@@ -59,7 +66,7 @@ class _Walker:
             self.blocked_of[node] = blocked
             return
         inputs = tuple(self.plain(operand) for operand in node.inputs)
-        self.plain_of[node] = node if inputs == node.inputs else node.with_inputs(inputs)
+        self.plain_of[node] = node.with_inputs(inputs)
 
     def plain(self, node: Node) -> Node:
         if node not in self.plain_of:
@@ -152,8 +159,8 @@ def _elementwise(w: _Walker, node: Node) -> Node | None:
     """Blocked where an operand already is; the others follow."""
     if node.type.rank != 4 or not any(w.is_blocked(operand) for operand in node.inputs):
         return None
-    operands = [w.blocked(operand) for operand in node.inputs]
-    return Node(node.op, [o for o in operands if o is not None], node.loc)
+    operands = [blocked for operand in node.inputs if (blocked := w.blocked(operand)) is not None]
+    return Node(node.op, operands, node.loc) if len(operands) == len(node.inputs) else None
 
 
 def _lookup(w: _Walker, node: Node) -> Node | None:
@@ -195,8 +202,8 @@ def _concat(w: _Walker, node: Node) -> Node | None:
         return None
     if node.op.axis == 1 and any(operand.type.shape[1] % w.block for operand in node.inputs[:-1]):
         return None
-    operands = [w.blocked(operand) for operand in node.inputs]
-    return Node(node.op, [o for o in operands if o is not None], node.loc)
+    operands = [blocked for operand in node.inputs if (blocked := w.blocked(operand)) is not None]
+    return Node(node.op, operands, node.loc) if len(operands) == len(node.inputs) else None
 
 
 def _slice(w: _Walker, node: Node) -> Node | None:

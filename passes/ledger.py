@@ -10,7 +10,7 @@ from typing import Any
 from paring.ir.graph import Graph
 from paring.ir.liveness import peak_activation_bytes
 from paring.ir.ops.core import Const, Region
-from paring.passes.contract import Close, Contract, compose, parse_contract
+from paring.passes.contract import Contract, compose, parse_contract
 
 # How many layers of the lowest SQNR the text shows; the entry has all.
 SHOWN_LAYERS = 5
@@ -31,7 +31,7 @@ def measure(graph: Graph) -> Size:
     nodes = macs = 0
     digests: dict[str, int] = {}
     for node in graph.nodes():
-        macs += node.op.macs(node.type, *(i.type for i in node.inputs))
+        macs += node.macs
         members = node.op.body.nodes() if isinstance(node.op, Region) else [node]
         nodes += sum(not isinstance(m.op, Const) and bool(m.inputs) for m in members)
         for member in members:
@@ -79,12 +79,8 @@ class Ledger:
 
     @property
     def contract(self) -> Contract:
-        """What the whole run promises, each Close counted once for each of its rewrites."""
-        contracts: list[Contract] = []
-        for entry in self.entries:
-            times = sum(entry.rewrites.values()) if isinstance(entry.contract, Close) else 1
-            contracts += [entry.contract] * times if entry.changed else []
-        return compose(contracts)
+        """What the whole run promises."""
+        return compose([entry.contract for entry in self.entries])
 
     @property
     def seconds(self) -> float:

@@ -21,6 +21,7 @@ from paring.ir.op import Array
 from paring.ir.text import quote
 from paring.ir.verify import verify
 from paring.passes.base import Pass
+from paring.passes.contract import Exact
 from paring.passes.ledger import Entry, Ledger, measure
 from paring.passes.rewriter import Context, Rewrite, Run, Tell, failure, silent
 
@@ -89,7 +90,7 @@ def _advance(result: Result, step: int, transformation: Pass, context: Context, 
     seconds = time.perf_counter() - start
     fired = dict(sorted(Counter(r.rule for r in context.rewrites).items()))
     figure = measured.after(transformation, graph, after, context) if changed else None
-    promise = transformation.promise(context)
+    promise = transformation.promise(context) if changed else Exact()
     entry = Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure)
     entries.append(dataclasses.replace(entry, sqnr=dict(context.sqnr), notes=tuple(context.notes)))
     result.declined.extend((transformation.name, rewrite, why) for rewrite, why in context.declined)
@@ -181,8 +182,7 @@ def _run_one(transformation: Pass, graph: Graph, context: Context, step: int) ->
         return run_pass(transformation, graph, context)
     except ParingError as error:
         last = f" after {context.rewrites[-1]}" if context.rewrites else ""
-        place = f"pass {step} {transformation}{last}"
-        error.where = f"{place}: {error.where}" if error.where else place
+        error.at(f"pass {step} {transformation}{last}")
         raise
 
 

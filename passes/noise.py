@@ -56,7 +56,7 @@ def sway(graph: Graph, arrays: Sequence[Array]) -> list[float]:
     users = graph.users()
 
     def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
-        new = node if inputs == node.inputs else node.with_inputs(inputs)
+        new = node.with_inputs(inputs)
         if not isinstance(node.op, ROUNDING) or not users[node]:
             return new
         low, high = node.op.range

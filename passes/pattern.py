@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paring.ir.errors import PassError
@@ -42,12 +42,16 @@ def op(
     return Pattern(classes, operands or None, name, where, once, commutes)
 
 
+Readers = Mapping[Node, Sequence[Node]]
+
+
 @dataclass
 class Match:
-    """A place where a pattern fits: its root and the captured nodes."""
+    """A place where a pattern fits: its root and the captured nodes; how often nodes are read, and by which."""
 
     root: Node
     uses: Counter[Node]
+    readers: Readers = field(default_factory=dict)
     captured: dict[str, Node] = field(default_factory=dict)
     reason: str = ""
 
@@ -67,9 +71,9 @@ class Match:
         return None
 
 
-def match(pattern: Pattern, node: Node, uses: Counter[Node]) -> Match | None:
+def match(pattern: Pattern, node: Node, uses: Counter[Node], readers: Readers | None = None) -> Match | None:
     """The match rooted at `node`, or None."""
-    found = Match(node, uses)
+    found = Match(node, uses, readers or {})
     return found if _fits(pattern, node, found, root=True) else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -13,10 +13,11 @@ from paring.ir.graph import Graph, Node, rebuild
 from paring.ir.interpreter import interpret
 from paring.ir.op import Array, Op
 from paring.passes.contract import Contract
-from paring.passes.pattern import Match, Rule, match
+from paring.passes.pattern import Match, Readers, Rule, match
 
-MAX_SWEEPS = 32
-MAX_REWRITES_AT_ONE_NODE = 64
+# What rules may take to come to rest, beside one for each node: chains of moves advance one node at a time.
+SWEEPS = 32
+REWRITES_AT_ONE_NODE = 64
 
 # Runs a graph on given inputs.
 Run = Callable[[Graph, Sequence[Array]], list[Array]]
@@ -81,13 +82,14 @@ def describe(node: Node) -> str:
 def apply_rules(graph: Graph, rules: Sequence[Rule], context: Context) -> Graph:
     """Rewrite operands before users, sweep after sweep, until no rule fires."""
     by_op = _RulesByOp(rules)
-    for _ in range(MAX_SWEEPS):
+    most = SWEEPS + len(graph)
+    for _ in range(most):
         fired = len(context.rewrites)
         context.declined.clear()
         graph = _sweep(graph, by_op, context)
         if len(context.rewrites) == fired:
             return graph
-    raise InternalError(f"rules still fire after {MAX_SWEEPS} sweeps", why=str(context.rewrites[-1]))
+    raise InternalError(f"rules still fire after {most} sweeps", why=str(context.rewrites[-1]))
 
 
 class _RulesByOp(dict[type[Op], list[Rule]]):
@@ -103,25 +105,29 @@ class _RulesByOp(dict[type[Op], list[Rule]]):
 
 
 def _sweep(graph: Graph, by_op: _RulesByOp, context: Context) -> Graph:
-    uses: Counter[Node] = graph.use_counts()
+    uses, readers = graph.use_counts(), defaultdict(list, graph.readers())
+    most = REWRITES_AT_ONE_NODE + len(uses)
 
     def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
-        new = node if inputs == node.inputs else node.with_inputs(inputs)
-        uses[new] = uses[node]
-        for _ in range(MAX_REWRITES_AT_ONE_NODE):
-            replacement = _rewrite_once(new, by_op[type(new.op)], uses, context)
+        new = node.with_inputs(inputs)
+        if new is not node:
+            uses[new], readers[new] = uses[node], readers[node]
+        for _ in range(most):
+            replacement = _rewrite_once(new, by_op[type(new.op)], uses, readers, context)
             if replacement is None:
                 return new
-            uses[replacement] = max(uses[replacement], uses[node])
+            # Rather too many than too few: what had one reader and has two now must not be taken for its only one's.
+            uses[replacement] += uses[node]
+            readers[replacement] = [*readers.get(replacement, ()), *readers[node]]
             new = replacement
         raise InternalError(f"rules do not come to rest at {describe(node)}", why=str(context.rewrites[-1]))
 
     return rebuild(graph, visit)
 
 
-def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], context: Context) -> Node | None:
+def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], readers: Readers, context: Context) -> Node | None:
     for rule in rules:
-        found, replacement = _try(rule, node, uses)
+        found, replacement = _try(rule, node, uses, readers)
         if found is None:
             continue
         if replacement is None:
@@ -133,14 +139,13 @@ def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], contex
     return None
 
 
-def _try(rule: Rule, node: Node, uses: Counter[Node]) -> tuple[Match | None, Node | None]:
+def _try(rule: Rule, node: Node, uses: Counter[Node], readers: Readers) -> tuple[Match | None, Node | None]:
     """The match and what takes the node's place. Whatever a rule raises becomes a ParingError that names rule and node."""
     try:
-        found = match(rule.pattern, node, uses)
+        found = match(rule.pattern, node, uses, readers)
         return found, _replacement(rule, found) if found else None
     except ParingError as error:
-        place = f"rule {rule.name} at {describe(node)}"
-        error.where = f"{place}: {error.where}" if error.where else place
+        error.at(f"rule {rule.name} at {describe(node)}")
         raise
     except Exception as error:
         place = f"rule {rule.name} at {describe(node)}"

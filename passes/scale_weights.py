@@ -50,8 +50,8 @@ def gate_to_weights(m: Match) -> Node | None:
 _GATED = op(binary.Mul, any_("x"), op(shape.Broadcast, name="gate", where=_blocked_gate), name="gated", once=True, commutes=True)
 
 RULES: tuple[Rule, ...] = (
-    Rule(op(conv.Conv2d, _GATED, any_("w")), gate_to_weights, Close(2)),
-    Rule(op(conv.Conv2d, _GATED, any_("w"), any_("b")), gate_to_weights, Close(2)),
+    Rule(op(conv.Conv2d, _GATED, any_("w")), gate_to_weights, Close(2, finite=True)),
+    Rule(op(conv.Conv2d, _GATED, any_("w"), any_("b")), gate_to_weights, Close(2, finite=True)),
 )
 
 
@@ -60,7 +60,7 @@ class ScaleWeights(Pass):
     """A squeeze-and-excitation gate scales the weights of the convolution behind it instead of the image before it."""
 
     name = "scale-weights"
-    contract = Close(2)
+    contract = Close(2, finite=True)
 
     def rules(self) -> Sequence[Rule]:
         return RULES

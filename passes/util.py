@@ -48,13 +48,13 @@ def with_operands(graph: Graph, new: Mapping[Node, Sequence[Node]]) -> Graph:
     def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
         if node in new:
             inputs = (inputs[0], *new[node])
-        return node if inputs == node.inputs else node.with_inputs(inputs)
+        return node.with_inputs(inputs)
 
     return rebuild(graph, visit)
 
 
-def splat_value(node: Node) -> float | None:
-    """The one value of a constant tensor, however broadcast and reshaped; None where it is not one."""
+def splat_value(node: Node) -> float | int | None:
+    """The one value of a constant tensor (of integers an int), however broadcast and reshaped; None where it is not one."""
     while isinstance(node.op, Broadcast | Reshape):
         (node,) = node.inputs
     if not isinstance(node.op, Const) or node.op.value.size == 0:
@@ -62,8 +62,8 @@ def splat_value(node: Node) -> float | None:
     flat = node.op.value.ravel()
     if flat.size > 1 and not bool((flat == flat[0]).all() and (np.signbit(flat) == np.signbit(flat[0])).all()):
         return None
-    value = flat[0].item()
-    return float(value)
+    value: float | int = flat[0].item()
+    return value
 
 
 def channel_values(node: Node, channels: int, axis: int, rank: int) -> Array | None:

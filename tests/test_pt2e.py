@@ -162,7 +162,7 @@ def layer_by_layer(graph: Graph) -> Graph:
     ends: list[Node] = []
 
     def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
-        new = node if inputs == node.inputs else node.with_inputs(inputs)
+        new = node.with_inputs(inputs)
         if not isinstance(node.op, quantized.Quantize):
             return new
         ends.append(new)

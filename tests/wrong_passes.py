@@ -46,7 +46,7 @@ class EmptiesTooMuch(ConstFold):
             if any(i.type.size == 0 for i in inputs):
                 context.spend("const-fold", node)
                 return constant(np.zeros(node.type.shape, node.type.dtype))
-            return node if inputs == node.inputs else node.with_inputs(inputs)
+            return node.with_inputs(inputs)
 
         return rebuild(graph, visit)
 
@@ -61,7 +61,7 @@ class MergesBy(Cse):
         known: dict[object, Node] = {}
 
         def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
-            new = node if inputs == node.inputs else node.with_inputs(inputs)
+            new = node.with_inputs(inputs)
             if isinstance(new.op, Input):
                 return new
             first = known.setdefault((self.key(new, inputs), new.type), new)

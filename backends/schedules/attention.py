@@ -103,7 +103,7 @@ def emit(kernel: Kernel, anchor: Node, settings: AttentionKnobs) -> None:
     tiles = runs(balanced(sizes.queries, settings.rows))
     chunks = min(settings.chunks, tile_count(tiles))
     each = -(-tile_count(tiles) // chunks)
-    macs = anchor.op.macs(anchor.type, *(i.type for i in anchor.inputs))
+    macs = anchor.macs
     with kernel.parallel((sizes.batch, sizes.heads, chunks), macs // 20) as (b, h, chunk):
         head = Head(kernel, anchor, sizes, settings, b, h)
         head.pack()

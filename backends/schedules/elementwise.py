@@ -220,7 +220,7 @@ def _nanoseconds(node: Node) -> float:
         return 0.1 * prod(op.kernel)
     if type(op) in SCALARS or isinstance(op, Input | Const | shape.Broadcast):
         return 0.03
-    macs = op.macs(node.type, *(i.type for i in node.inputs))
+    macs = node.macs
     if macs:
         return max(macs / max(node.type.size, 1), 1.0)
     # Reductions as a fallback read their operand again for each element.

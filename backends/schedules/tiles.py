@@ -84,8 +84,8 @@ def only_anchor(body: Graph, ops: type[Op] | tuple[type[Op], ...]) -> Node | Non
 def duration(anchor: Node) -> int:
     """About how many nanoseconds one core takes: it only decides whether a kernel is worth several threads."""
     operands = [operand.type for operand in anchor.inputs]
-    macs, moved = anchor.op.macs(anchor.type, *operands), sum(t.bytes for t in (anchor.type, *operands))
-    return max(macs // MACS_PER_NS, moved // BYTES_PER_NS)
+    moved = sum(t.bytes for t in (anchor.type, *operands))
+    return max(anchor.macs // MACS_PER_NS, moved // BYTES_PER_NS)
 
 
 MACS_PER_NS, BYTES_PER_NS = 50, 25

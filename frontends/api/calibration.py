@@ -10,7 +10,7 @@ import numpy as np
 from paring.backends import targets
 from paring.backends.targets import Target
 from paring.frontends.structure import Signature
-from paring.ir.errors import ArgumentError, InputError, ParingError, a_kind
+from paring.ir.errors import ArgumentError, InputError, TargetError, a_kind
 from paring.ir.graph import Graph
 from paring.ir.interpreter import interpret
 from paring.passes.ledger import measure
@@ -79,7 +79,7 @@ class HostRun:
             lowered = run_pipeline(graph, passes).graph
             built = build(lowered, self.target, lambda done, total, name: self.tell("kernels", done, total))
             return open_executable(built, self.target, None)
-        except (ParingError, ImportError):
+        except (TargetError, ImportError):
             return None
 
     def close(self) -> None:

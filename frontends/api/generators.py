@@ -162,7 +162,7 @@ def _bound(node: Node, of: list[Bound]) -> Bound:
     greatest, quantum = max((g for g, _ in of), default=1.0), min((q for _, q in of), default=1.0)
     match node.op:
         case conv.Conv2d() | conv.ConvTranspose2d() | linear.Linear() | linear.Matmul():
-            macs = node.op.macs(node.type, *(i.type for i in node.inputs))
+            macs = node.macs
             terms = max(1.0, macs / max(1, min(node.type.size, node.inputs[0].type.size)))
             return of[0][0] * of[1][0] * terms + sum(g for g, _ in of[2:]), min(of[0][1] * of[1][1], quantum)
         case norm.BatchNorm():

@@ -210,7 +210,6 @@ def check_once(
             graph,
             after,
             arrays,
-            rewrites=len(context.rewrites),
             exact=lane != "float",
             who=who,
         )
@@ -285,7 +284,7 @@ def _replaced(graph: Graph, old: Node, new: Node) -> Graph:
     def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
         if node is old:
             return new
-        return node if inputs == node.inputs else node.with_inputs(inputs)
+        return node.with_inputs(inputs)
 
     changed = rebuild(graph, visit)
     return _trim(Graph((*changed.inputs, new), changed.outputs) if isinstance(new.op, Input) else changed)

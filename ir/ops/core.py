@@ -89,4 +89,4 @@ class Region(Op):
         return self.body.outputs[0].type
 
     def macs(self, result: TensorType, *types: TensorType) -> int:
-        return sum(n.op.macs(n.type, *(i.type for i in n.inputs)) for n in self.body.nodes())
+        return sum(n.macs for n in self.body.nodes())

@@ -83,7 +83,11 @@ class Clamp(Unary):
     high: float = math.inf
 
     def infer(self, *types: TensorType) -> TensorType:
-        require(self.low < math.inf and self.high > -math.inf, "the range is empty or NaN", why=f"{self.low} to {self.high}")
+        require(
+            self.low < math.inf and self.high > -math.inf,
+            "low is infinity, high minus infinity, or one is NaN",
+            why=f"{self.low} to {self.high}",
+        )
         return super().infer(*types)
 
     def f(self, x: Array) -> Array:

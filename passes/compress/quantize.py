@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paring.ir.errors import ArgumentError
+from paring.ir.errors import ArgumentError, nearest
 from paring.ir.graph import Graph, Node
 from paring.ir.types import BYTES
 from paring.passes.base import Pass
@@ -135,13 +134,12 @@ class Quantize(Pass):
 def _check_names(graph: Graph, skip: Names) -> None:
     known = sorted({node.loc.module for node in graph.nodes() if node.loc and node.loc.module})
     for pattern in skip.unused:
-        near = difflib.get_close_matches(pattern, known, 1, 0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"modules: {', '.join(known[:20]) or 'none have names'}"
+        hint = nearest(pattern, known, f"modules: {', '.join(known[:20]) or 'none have names'}")
         raise ArgumentError(f"quantize: skip names {pattern!r}, which is no module", hint=hint)
 
 
 def _notes(graph: Graph, chosen: Sequence[Unit], left: Sequence[Unit], ratios: dict[str, float], settings: Quantize) -> list[str]:
-    total = sum(node.op.macs(node.type, *(i.type for i in node.inputs)) for node in graph.nodes())
+    total = sum(node.macs for node in graph.nodes())
     notes = [f"{sum(unit.macs for unit in chosen) / total:.1%} of multiply-adds on 8 bits"] if total else []
     if ratios:
         what = "the outputs when only it is quantized" if settings.scan == "network" else "its own result"

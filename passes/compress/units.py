@@ -53,7 +53,7 @@ class Unit:
 
     @property
     def macs(self) -> int:
-        return self.anchor.op.macs(self.anchor.type, *(i.type for i in self.anchor.inputs))
+        return self.anchor.macs
 
     def operands(self) -> list[Node]:
         """The activations it reads: not the constants of a layer."""
@@ -232,7 +232,7 @@ def insert(graph: Graph, pairs: Mapping[Node, Affine], weights: Mapping[Node, No
         inputs = tuple(read[i] for i in node.inputs)
         if node in weights:
             inputs = (inputs[0], weights[node], *inputs[2:])
-        new[node] = node if inputs == node.inputs else node.with_inputs(inputs)
+        new[node] = node.with_inputs(inputs)
         read[node] = _pair(new[node], pairs[node]) if node in pairs else new[node]
     return Inserted(Graph(tuple(new[n] for n in graph.inputs), tuple(new[n] for n in graph.outputs)), read)
 

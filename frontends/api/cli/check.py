@@ -98,7 +98,7 @@ def kernel_limit(node: Node) -> float:
     """How many ulps of its bound the result of a node, or of a region, may be off."""
     if not node.inputs or not node.type.size:
         return KERNEL_ULPS
-    macs = node.op.macs(node.type, *(i.type for i in node.inputs))
+    macs = node.macs
     terms = max(macs, *(i.type.size for i in node.inputs)) / node.type.size
     return KERNEL_ULPS + sqrt(terms)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paring.cli.frame import USER_MODULE
-from paring.ir.errors import ArgumentError, ModelError, ParingError, a_kind
+from paring.ir.errors import ArgumentError, ModelError, ParingError, a_kind, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,8 +100,7 @@ def load_object(spec: str, how: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            near = difflib.get_close_matches(part, [n for n in dir(found) if not n.startswith("_")], 1, 0.4)
-            hint = f"did you mean {near[0]!r}?" if near else how
+            hint = nearest(part, [n for n in dir(found) if not n.startswith("_")], how)
             raise ArgumentError(f"{source} has no {name!r}", hint=hint) from None
     return found
 
@@ -167,7 +165,7 @@ def read_graph(path: Path) -> Graph:
     try:
         graph = parse(written, _read_constants(weights) if weights.is_file() else {})
     except ParingError as error:
-        error.where = f"{path}: {error.where}" if error.where else str(path)
+        error.at(str(path))
         if not weights.is_file() and not error.hint:
             error.hint = f"its constants are looked for in {weights}"
         raise
@@ -214,9 +212,7 @@ def read_arrays(paths: Sequence[Path]) -> list[Array]:
 def find(name: str, known: Mapping[str, Any], kind: str) -> Any:
     """`known[name]`. Raises ArgumentError with the nearest name."""
     if name not in known:
-        # One that holds the name comes before one that looks like it.
-        near = [each for each in known if name and name in each] or difflib.get_close_matches(name, known, 1, 0.4)
-        raise ArgumentError(f"no {kind} {name!r}", hint=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+        raise ArgumentError(f"no {kind} {name!r}", hint=nearest(name, known, f"known: {', '.join(known)}"))
     return known[name]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,6 +40,7 @@ def bisect(
     from paring.cli.inputs import chosen_passes, load_model
     from paring.compiler import import_any
     from paring.passes.bisect import bisect as first_culprit
+    from paring.passes.rewriter import Context
 
     with progress() as tell:
         chosen = chosen_passes(target, passes, pipeline, plugin or ())
@@ -46,7 +48,9 @@ def bisect(
         example = load_model(model, seed)
         imported = import_any(example.model, example.args, example.kwargs)
         arrays = imported.flatten_inputs(example.args, example.kwargs)
-        culprit = first_culprit(imported.graph, chosen, arrays, lambda name: tell(name, 0, 0))
+        # Passes that look at data are shown these inputs.
+        fresh = partial(Context, calibration=[arrays], tell=tell)
+        culprit = first_culprit(imported.graph, chosen, arrays, lambda name: tell(name, 0, 0), fresh)
         if culprit is not None:
             return _pass_report(culprit)
         verdict, wrong = _check_compiled(imported.graph, chosen, arrays, target, device, tell)
@@ -75,7 +79,7 @@ def _check_compiled(
     from paring.backends.build import build
     from paring.backends.devices import open_executable
 
-    lowered = run_pipeline(graph, passes).graph
+    lowered = run_pipeline(graph, passes, calibration=[arrays]).graph
     built = build(lowered, found, lambda done, total, name: tell("building kernels", done, total))
     with open_executable(built, found, device) as executable:
         tell("the network against the reference", 0, 0)

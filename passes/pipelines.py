@@ -41,7 +41,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
     "none": (),
     "simplify": _SIMPLIFY,
     # Before the user's lossy passes: they see layers whose batch norms are folded.
-    "prepare": (*_SIMPLIFY, "fold-bn", "decompose", "sink-reshapes", "canonicalize", "const-fold", "cse", "dce"),
+    "prepare": (*_SIMPLIFY, "fold-bn", "decompose", "sink-reshapes", *_SIMPLIFY),
     "blocked": (
         *_SIMPLIFY,
         "fold-bn",
@@ -63,14 +63,20 @@ PIPELINES: dict[str, tuple[str, ...]] = {
 }
 
 
-def pipeline(name: str, options: Mapping[str, object]) -> tuple[str, ...]:
-    """A named pipeline as text, its options filled in. Raises ArgumentError for an unknown name."""
+Table = Mapping[str, type[Pass]]
+
+
+def pipeline(name: str, options: Mapping[str, object], extra: Table | None = None) -> tuple[Pass, ...]:
+    """A named pipeline, its options filled in, passes of `extra` in place of those of their names.
+
+    Raises ArgumentError for an unknown name.
+    """
     if name not in PIPELINES:
         raise ArgumentError(f"unknown pipeline {name!r}", hint=f"known: {', '.join(PIPELINES)}")
-    return tuple(step.format(**options) for step in PIPELINES[name])
+    return parse_pipeline([step.format(**options) for step in PIPELINES[name]], extra)
 
 
-def parse_pipeline(steps: str | Iterable[str | Pass], extra: Mapping[str, type[Pass]] | None = None) -> tuple[Pass, ...]:
+def parse_pipeline(steps: str | Iterable[str | Pass], extra: Table | None = None) -> tuple[Pass, ...]:
     """Passes from text (`a, b{x=1}`) or from a sequence of texts and passes. `extra` adds passes to the table.
 
     Raises ArgumentError for anything else.
@@ -85,9 +91,10 @@ def parse_pipeline(steps: str | Iterable[str | Pass], extra: Mapping[str, type[P
     return tuple(part if isinstance(part, Pass) else parse_pass(part, table) for part in parts)
 
 
-def prepared(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
-    """The user's passes, the lossy ones among them given what they need to come before."""
-    return (*parse_pipeline(PIPELINES["prepare"]), *passes) if any(each.lossy for each in passes) else passes
+def with_users(own: tuple[Pass, ...], passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """The user's passes before a target's own; lossy ones are given what they need to come before them."""
+    before = pipeline("prepare", {}) if any(each.lossy for each in passes) else ()
+    return (*before, *passes, *own)
 
 
 def show_pipeline(passes: Iterable[Pass]) -> str:

@@ -260,9 +260,9 @@ def test_inspection_and_loading_leave_out_what_they_do_not_need(tmp_path: Path) 
 
 
 def test_a_foreign_target_without_a_device_can_be_saved_but_not_called() -> None:
-    from paring.backends import emulator
+    from paring.backends import emulator_build
 
-    if any("g++" in lack for lack in emulator.missing()):
+    if any("g++" in lack for lack in emulator_build.missing()):
         pytest.skip("no cross compiler for ARM")
     model, args = small_resnet()
     net = paring.compile(model, args, target="arm")

@@ -450,7 +450,7 @@ def test_bisect_names_a_wrong_kernel() -> None:
 
     rng = np.random.default_rng(0)
     target = targets.resolve("native")
-    passes = parse_pipeline(pipeline(target.pipeline, target.pipeline_options()))
+    passes = pipeline(target.pipeline, target.pipeline_options())
     graph, arrays = run_pipeline(conv_graph(rng, 3), passes).graph, [rng.standard_normal((1, 4, 6, 6), dtype=np.float32)]
     with open_executable(build(graph, target), target) as executable:
         assert paring.cli.check.wrong_kernel(executable, arrays, lambda *_: None) is None

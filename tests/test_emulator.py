@@ -17,10 +17,11 @@ import numpy as np
 import psutil
 import pytest
 
-from paring.backends import emulator, wheels
-from paring.backends.emulator import Emulator, EmulatorError
+from paring.backends import emulator, emulator_build, wheels
+from paring.backends.emulator import Emulator
+from paring.backends.emulator_build import EmulatorError
 
-LACKS = emulator.missing()
+LACKS = emulator_build.missing()
 needs_device = pytest.mark.skipif(bool(LACKS), reason=f"the emulated ARM device lacks: {'; '.join(LACKS)}")
 
 SHAPE = (5, 7)
@@ -271,12 +272,12 @@ print(device.pid(), flush=True)
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     if sys.platform == "linux":
-        assert emulator.missing() == [
+        assert emulator_build.missing() == [
             "qemu-aarch64 (Debian: qemu-user)",
             "aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)",
         ]
     with pytest.raises(EmulatorError, match="Debian: qemu-user"):
-        emulator.prepare()
+        emulator_build.prepare()
 
 
 def test_wheels_of_another_content_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -289,17 +290,17 @@ def test_wheels_of_another_content_are_refused(monkeypatch: pytest.MonkeyPatch, 
             archive.writestr("tvm/lib/libtvm_runtime.so", "harm")
     for option, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(index)), ("CONFIG_FILE", "/dev/null")):
         monkeypatch.setenv(f"PIP_{option}", value)
-    monkeypatch.setattr(emulator, "_requirements", lambda: list(wheels.HASHES))
+    monkeypatch.setattr(emulator_build, "_requirements", lambda: list(wheels.HASHES))
     with pytest.raises(EmulatorError, match="DO NOT MATCH THE HASHES"):
-        emulator._download(folder)
+        emulator_build._download(folder)
     assert not list(folder.glob("*.whl"))
 
 
 def test_wheels_of_unknown_versions_are_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(emulator, "_requirements", lambda: ["apache-tvm==0.27.99"])
+    monkeypatch.setattr(emulator_build, "_requirements", lambda: ["apache-tvm==0.27.99"])
     with pytest.raises(EmulatorError, match=r"no hash of a wheel of apache-tvm==0\.27\.99 is known: install apache-tvm=="):
-        emulator._download(tmp_path)
+        emulator_build._download(tmp_path)
 
 
 def test_hashes_are_known_for_the_versions_that_are_installed() -> None:
-    assert set(emulator._requirements()) <= set(wheels.HASHES)
+    assert set(emulator_build._requirements()) <= set(wheels.HASHES)

@@ -160,7 +160,7 @@ def test_a_folded_network_has_the_same_bits_compiled(name: str, target: str) -> 
         pytest.skip(f"this host lacks {', '.join(missing_flags(machine))}")
     graph = NETWORKS[name]()
     integers = folded(graph).graph
-    compiled = run_pipeline(graph, parse_pipeline(pipeline(machine.pipeline, machine.pipeline_options()))).graph
+    compiled = run_pipeline(graph, pipeline(machine.pipeline, machine.pipeline_options())).graph
     with open_executable(build(compiled, machine), machine, None) as run:
         for seed in range(3):
             arrays = arrays_for(graph, seed)

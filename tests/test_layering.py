@@ -14,7 +14,7 @@ import pytest
 
 from paring.passes.base import Pass
 from paring.passes.contract import Lossy
-from paring.passes.pipelines import PIPELINES, parse_pipeline, pipeline
+from paring.passes.pipelines import PIPELINES, pipeline
 
 try:
     import tomllib
@@ -256,7 +256,7 @@ def all_passes() -> list[type[Pass]]:
 
 
 def own_pipeline(name: str) -> tuple[Pass, ...]:
-    return parse_pipeline(pipeline(name, {"block": 8, "group": 4}))
+    return pipeline(name, {"block": 8, "group": 4})
 
 
 @pytest.mark.parametrize("code", ["contract = Lossy('accuracy', 0.1)", "Rule(p, f, contracts.Lossy('a', 1.0))"])

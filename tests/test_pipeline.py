@@ -50,7 +50,7 @@ def equal(a: Array, b: Array) -> bool:
 
 
 def blocked(block: int) -> tuple[Pass, ...]:
-    return parse_pipeline(pipeline("blocked", {"block": block, "group": 4}))
+    return pipeline("blocked", {"block": block, "group": 4})
 
 
 def run_checked(graph: Graph, block: int, *, every: bool = True) -> Result:
@@ -121,7 +121,7 @@ def test_the_same_program_gives_the_same_text_twice() -> None:
 
 def test_a_second_run_changes_nothing_more() -> None:
     for seed in range(20):
-        simplify = parse_pipeline(pipeline("simplify", {}))
+        simplify = pipeline("simplify", {})
         graph = run_pipeline(random_graph(np.random.default_rng(seed), 10), simplify).graph
         again = run_pipeline(graph, parse_pipeline("const-fold, cse")).graph
         assert same(graph, again)
@@ -155,7 +155,7 @@ def test_true_in_small_letters_is_set_right() -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_reads_back(name: str) -> None:
-    passes = parse_pipeline(pipeline(name, {"block": 8, "group": 4}))
+    passes = pipeline(name, {"block": 8, "group": 4})
     assert parse_pipeline(show_pipeline(passes)) == passes
     assert len(passes) == len(PIPELINES[name])
 

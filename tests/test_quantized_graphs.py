@@ -50,7 +50,7 @@ def compare_compiled(seed: int, target: str) -> None:
         pytest.skip(f"this host lacks {', '.join(missing_flags(machine))}")
     graph, given = quantized_graph(np.random.default_rng((5, seed)))
     wanted = interpret(run_pipeline(graph, FOLD).graph, [given])
-    compiled = run_pipeline(graph, parse_pipeline(pipeline(machine.pipeline, machine.pipeline_options()))).graph
+    compiled = run_pipeline(graph, pipeline(machine.pipeline, machine.pipeline_options())).graph
     with open_executable(build(compiled, machine), machine, None) as run:
         got = run.run([given])
     for x, y in zip(wanted, got, strict=True):

@@ -27,7 +27,7 @@ from paring.ir.ops.unary import Cast, Neg, Relu
 pytest.importorskip("tvm")
 
 from paring.backends import build as build_module
-from paring.backends import emulator, peaks, threads
+from paring.backends import emulator_build, peaks, threads
 from paring.backends.build import Built, build
 from paring.backends.devices import open_executable
 from paring.backends.runtime import Executable, Network
@@ -349,7 +349,7 @@ def test_a_device_that_fails(built: Built) -> None:
         open_executable(built, device="emulator")
 
 
-@pytest.mark.skipif(bool(emulator.missing()), reason=f"no emulated device: {emulator.missing()}")
+@pytest.mark.skipif(bool(emulator_build.missing()), reason=f"no emulated device: {emulator_build.missing()}")
 def test_the_emulated_device_gives_the_same_bits() -> None:
     graph = network()
     arrays = [small(4, 6), small(4, 6)]

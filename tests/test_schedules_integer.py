@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from paring.backends import emulator
+from paring.backends import emulator_build
 from paring.backends.build import build
 from paring.backends.devices import open_executable
 from paring.backends.families import choose
@@ -122,7 +122,7 @@ def test_sums_of_bytes_are_exact(name: str) -> None:
     assert_exact(target, None, graphs(target))
 
 
-@pytest.mark.skipif(bool(emulator.missing()), reason=f"no emulated ARM: {', '.join(emulator.missing())}")
+@pytest.mark.skipif(bool(emulator_build.missing()), reason=f"no emulated ARM: {', '.join(emulator_build.missing())}")
 @pytest.mark.parametrize("name", ["arm", "arm-neon"])
 def test_sums_of_bytes_are_exact_on_emulated_arm(name: str) -> None:
     target = TARGETS[name]

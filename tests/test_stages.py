@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tvm")
 
 import paring
-from paring.backends import emulator
+from paring.backends import emulator_build
 from paring.backends.targets import TARGETS, missing_flags
 from paring.ir import Const, Graph, Input, Node, interpret
 from paring.ir.op import Array, Op
@@ -141,7 +141,7 @@ def test_long_sums_of_few_pixels_are_taken_by_blocks(target: str, images: int) -
             assert (result >= 2**24 + 4000).all()
 
 
-needs_arm = pytest.mark.skipif(bool(emulator.missing()), reason=f"no emulated ARM: {', '.join(emulator.missing())}")
+needs_arm = pytest.mark.skipif(bool(emulator_build.missing()), reason=f"no emulated ARM: {', '.join(emulator_build.missing())}")
 
 
 @needs_arm

@@ -15,7 +15,7 @@ from paring.ir.graph import Graph
 from paring.ir.interpreter import interpret
 from paring.passes.ledger import measure
 from paring.passes.manager import run_pipeline
-from paring.passes.pipelines import parse_pipeline, pipeline
+from paring.passes.pipelines import pipeline
 from paring.passes.rewriter import Tell
 
 Arrays = list[np.ndarray]
@@ -71,7 +71,7 @@ class HostRun:
     def _open(self, graph: Graph) -> Any:
         if self.target.device != "host" or measure(graph).macs < COMPILED_FROM_MACS:
             return None
-        passes = parse_pipeline(pipeline(self.target.pipeline, self.target.pipeline_options()))
+        passes = pipeline(self.target.pipeline, self.target.pipeline_options())
         try:
             from paring.backends.build import build
             from paring.backends.devices import open_executable

@@ -21,7 +21,7 @@ from paring.ir.ops.core import Input
 from paring.network import Network, Version, graph_call
 from paring.passes.base import Pass
 from paring.passes.manager import run_pipeline
-from paring.passes.pipelines import parse_pipeline, prepared
+from paring.passes.pipelines import parse_pipeline, with_users
 from paring.passes.pipelines import pipeline as named_pipeline
 from paring.passes.rewriter import Run, Tell
 
@@ -99,8 +99,8 @@ def _options(
     found = targets.resolve(target)
     targets.check_device(found, device)
     first = parse_pipeline(passes) if passes is not None else ()
-    rest = parse_pipeline(whole if whole is not None else named_pipeline(found.pipeline, found.pipeline_options()))
-    chosen = (*prepared(first), *rest)
+    own = named_pipeline(found.pipeline, found.pipeline_options()) if whole is None else parse_pipeline(whole)
+    chosen = with_users(own, first)
     if calibration is not None and not any(each.calibrated for each in chosen):
         raise ArgumentError("calibration data were given, but no pass that uses them", hint="leave `calibration` out")
     folder = dump if dump is not None else os.environ.get("PARING_DUMP") or None

@@ -196,9 +196,9 @@ def _cache() -> Finding:
 
 
 def _emulator() -> Finding:
-    from paring.backends import emulator
+    from paring.backends import emulator_build
 
-    lacks = emulator.missing()
+    lacks = emulator_build.missing()
     return Finding(
         not lacks, "qemu and the cross compiler are there" if not lacks else f"no {'; no '.join(lacks)}", "install what is named"
     )

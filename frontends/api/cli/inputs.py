@@ -249,12 +249,12 @@ def chosen_passes(target: str, passes: str | None, whole: str | None, plugins: S
     """
     from paring.backends import targets
     from paring.passes.base import parse_pass
-    from paring.passes.pipelines import parse_pipeline, pipeline, prepared
+    from paring.passes.pipelines import parse_pipeline, pipeline, with_users
 
     extra = load_plugins(plugins)
     found = targets.resolve(target)
-    own = whole if whole is not None else pipeline(found.pipeline, found.pipeline_options())
-    chosen = (*prepared(parse_pipeline(passes or (), extra)), *parse_pipeline(own, extra))
+    own = pipeline(found.pipeline, found.pipeline_options(), extra) if whole is None else parse_pipeline(whole, extra)
+    chosen = with_users(own, parse_pipeline(passes or (), extra))
     named = {each.name for each in chosen}
     first = tuple(parse_pass(name, extra) for name in extra if name not in named)
     return (*first, *chosen)

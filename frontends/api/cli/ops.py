@@ -16,7 +16,7 @@ from paring.cli.inputs import find
 from paring.ir import OPS, Const, Graph, Input, Node, Op, Region, TensorType
 from paring.ir.text import attributes
 from paring.passes.manager import run_pipeline
-from paring.passes.pipelines import parse_pipeline, pipeline
+from paring.passes.pipelines import pipeline
 
 
 def report(name: str | None, target: str) -> Report:
@@ -91,7 +91,7 @@ def _families(cls: type[Op], target: Target) -> list[str]:
         return []
     from paring.backends.memory import plan
 
-    passes = parse_pipeline(pipeline(target.pipeline, target.pipeline_options()))
+    passes = pipeline(target.pipeline, target.pipeline_options())
     found: dict[str, None] = {}
     for node in [*_samples(cls), *_samples(cls, weights=True)]:
         graph = Graph(tuple(i for i in node.inputs if isinstance(i.op, Input)), (node,))

@@ -45,10 +45,10 @@ def passes(
 def _target_pipelines() -> tuple[dict[str, str], dict[str, str]]:
     """The pipeline of each target, and what names that stand for another target stand for on this machine."""
     from paring.backends import targets
-    from paring.passes.pipelines import parse_pipeline, pipeline, show_pipeline
+    from paring.passes.pipelines import pipeline, show_pipeline
 
     resolved = {name: targets.resolve(name) for name in targets.names()}
-    pipelines = {n: show_pipeline(parse_pipeline(pipeline(t.pipeline, t.pipeline_options()))) for n, t in resolved.items()}
+    pipelines = {n: show_pipeline(pipeline(t.pipeline, t.pipeline_options())) for n, t in resolved.items()}
     return pipelines, {name: target.name for name, target in resolved.items() if name != target.name}
 
 

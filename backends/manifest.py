@@ -28,7 +28,7 @@ MIB = 1 << 20
 # Most bytes that are read of each file; weights may fill the memory of the machine, but no more.
 LIMITS = {MANIFEST: 16 * MIB, GRAPH: 512 * MIB, LIBRARY: 1024 * MIB, REPORT: 64 * MIB}
 
-WHAT = "a saved network is a folder that save() wrote, by custom NAME.paring"
+WHAT = "a saved network is a folder that save() wrote, NAME.paring by convention"
 AGAIN = "save the network again"
 REBUILD = "load(path, rebuild=True) compiles it again from its graph and weights"
 

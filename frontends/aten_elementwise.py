@@ -239,7 +239,8 @@ def log1p(b: Builder, x: Node) -> Node:
     x = b.cast(x, b.type.dtype)
     above = b.apply(ADD, x, 1.0)
     lost = b.apply(SUB, above, 1.0)
-    corrected = b.node(DIV, b.node(MUL, x, b.node(un.Log(), above)), lost)
+    # The quotient is near 1: the product of x and its logarithm might overflow.
+    corrected = b.node(MUL, b.node(DIV, x, lost), b.node(un.Log(), above))
     plain = b.apply(bi.LogicalOr(), b.apply(bi.Equal(), lost, 0.0), b.apply(bi.Equal(), x, math.inf))
     return b.where(plain, x, corrected)
 

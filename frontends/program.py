@@ -101,7 +101,8 @@ class Importer:
             return self.inputs[-1]
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             return self._stored(spec.target) if node.users else None
-        raise ModelError(f"the model holds a {spec.kind.name.lower()} named {spec.target}", why="only tensors are supported")
+        what = f"the model holds a {spec.kind.name.lower()} named {spec.target}"
+        raise ModelError(what, why="only tensors are supported", hint="make such objects outside of forward")
 
     def _stored(self, target: str) -> Node:
         """A parameter, buffer or lifted constant, copied once; names tied to one tensor share the node."""

@@ -149,6 +149,13 @@ class Signature:
             self._take(tree, kwargs[str(key)], f"input {key!r}", found)
         return [found[i] for i in range(len(self.types))]
 
+    def unflatten_inputs(self, arrays: Sequence[np.ndarray]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call (args, kwargs) that these arrays make, in order. Raises InputError where they are too many or too few."""
+        if len(arrays) != len(self.types):
+            raise InputError(f"expected {len(self.types)} inputs, got {len(arrays)}", hint=self._hint())
+        args, kwargs = _build(self.inputs, arrays)
+        return args, kwargs
+
     def unflatten_outputs(self, arrays: Sequence[np.ndarray], like_torch: bool) -> Any:
         """The model's own output structure around the arrays, as torch tensors or as numpy arrays."""
         return _build(self.outputs, [to_torch(a) for a in arrays] if like_torch else list(arrays))

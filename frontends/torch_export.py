@@ -74,12 +74,15 @@ def import_program(program: torch.export.ExportedProgram, *, parameters: tuple[s
     _check_training(program)
     with _quiet():
         program = lower(program)
+    output = _output_tree(program)
+    if not output.places():
+        raise ModelError("the model returns no tensor", hint="return what it is to compute")
     importer = Importer(program)
     graph = importer.graph()
     ops = [node.op for node in graph.inputs]
     labels = tuple(op.label for op in ops if isinstance(op, Input))
     types = tuple(node.type for node in graph.inputs)
-    return Imported(graph, Signature(labels, types, _input_tree(program), _output_tree(program), parameters, of_torch=True))
+    return Imported(graph, Signature(labels, types, _input_tree(program), output, parameters, of_torch=True))
 
 
 def lower(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

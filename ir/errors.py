@@ -110,6 +110,8 @@ class InternalError(ParingError):
 
 
 def a_kind(value: object) -> str:
-    """What a value is, with its article: `an int`, `a list`."""
+    """What a value is, with its article: `an int`, `a list`, or `None`."""
+    if value is None:
+        return "None"
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -92,14 +92,6 @@ class Graph:
             counts.update(node.inputs)
         return counts
 
-    def readers(self) -> dict[Node, list[Node]]:
-        """The nodes that read each node, one that reads it twice named twice; an output has no node that reads it."""
-        found: dict[Node, list[Node]] = {node: [] for node in self.nodes()}
-        for node in found:
-            for operand in node.inputs:
-                found[operand].append(node)
-        return found
-
     def __len__(self) -> int:
         return len(self.nodes())
 

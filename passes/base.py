@@ -23,13 +23,15 @@ class Pass:
 
     `lossy`: whether it may change what is computed, as a Lossy contract says; then it lives in `compress/` and runs only if
     asked for.
-    `calibrated`: whether it looks at calibration data. `least`: the least values of whole numbers among the options.
+    `calibrated`: whether it looks at calibration data. `before` which passes it belongs, and `after` which. `least`: the least values of whole numbers among the options.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = Exact()
     lossy: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    before: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[tuple[str, ...]] = ()
     least: ClassVar[Mapping[str, int]] = {}
 
     def __init_subclass__(cls) -> None:

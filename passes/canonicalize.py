@@ -135,7 +135,7 @@ def slice_of_linear(m: Match) -> Node | None:
     rows = _outputs_cut(m.root)
     if rows is None or rows[0] == rows[1]:
         return m.decline("the slice cuts more than outputs")
-    parts = [_outputs_cut(reader) for reader in m.readers[layer]]
+    parts = [_outputs_cut(reader) for reader in m.users[layer]]
     known = sorted(part for part in parts if part is not None)
     disjoint = all(before[1] <= after[0] for before, after in itertools.pairwise(known))
     if len(known) != m.uses[layer] or not disjoint:

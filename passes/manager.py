@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from paring.ir import Graph, Input, constants, interpret, same, show
-from paring.ir.errors import ArgumentError, ContractError, InternalError, ParingError, PassError
+from paring.ir.errors import ArgumentError, ContractError, InternalError, ParingError, PassError, a_kind
 from paring.ir.op import Array
 from paring.ir.text import quote
 from paring.ir.verify import verify
@@ -156,13 +156,17 @@ class _Metric:
         assert self.metric is not None
         if self.known is None or self.known[0] is not graph:
             try:
-                figure = float(self.metric(graph))
+                result: object = self.metric(graph)
             except ParingError:
                 raise
             except Exception as error:
                 raise ArgumentError(f"the metric raised {type(error).__name__}", why=str(error)) from error
-            if math.isnan(figure):
-                raise ArgumentError("the metric is NaN", hint="it should return a number, higher is better")
+            try:
+                figure = float(result)  # type: ignore[arg-type]
+            except (TypeError, ValueError, RuntimeError):
+                raise ArgumentError(f"the metric gives {a_kind(result)}", hint="a number, higher is better") from None
+            if not math.isfinite(figure):
+                raise ArgumentError(f"the metric is {figure}", hint="it should return a number, higher is better")
             self.known = graph, figure
         return self.known[1]
 

@@ -42,9 +42,12 @@ class Oracle:
         return Oracle(arrays, real, noise, sway(graph, arrays))
 
     def distance(self, outputs: Sequence[Array]) -> float:
-        """How many times the noise the worst output is off, beyond its sway; infinite where NaN or infinities differ."""
+        """How many times the noise the worst output is off, beyond its sway; infinite where NaN or infinities differ.
+
+        An output that float32 itself cannot hold (its noise is infinite) is not judged.
+        """
         found = zip(outputs, self.real, self.noise, self.sway, strict=True)
-        return max((max(0.0, _apart(x, y) - MARGIN * s) / n for x, y, n, s in found), default=0.0)
+        return max((max(0.0, _apart(x, y) - MARGIN * s) / n for x, y, n, s in found if np.isfinite(n)), default=0.0)
 
     def distance_of(self, graph: Graph) -> float:
         return self.distance(interpret(graph, self.arrays, exact_real=True))

@@ -42,7 +42,7 @@ def op(
     return Pattern(classes, operands or None, name, where, once, commutes)
 
 
-Readers = Mapping[Node, Sequence[Node]]
+Users = Mapping[Node, Sequence[Node]]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Match:
 
     root: Node
     uses: Counter[Node]
-    readers: Readers = field(default_factory=dict)
+    users: Users = field(default_factory=dict)
     captured: dict[str, Node] = field(default_factory=dict)
     reason: str = ""
 
@@ -71,9 +71,9 @@ class Match:
         return None
 
 
-def match(pattern: Pattern, node: Node, uses: Counter[Node], readers: Readers | None = None) -> Match | None:
+def match(pattern: Pattern, node: Node, uses: Counter[Node], users: Users | None = None) -> Match | None:
     """The match rooted at `node`, or None."""
-    found = Match(node, uses, readers or {})
+    found = Match(node, uses, users or {})
     return found if _fits(pattern, node, found, root=True) else None
 
 

@@ -93,8 +93,21 @@ def parse_pipeline(steps: str | Iterable[str | Pass], extra: Table | None = None
 
 def with_users(own: tuple[Pass, ...], passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     """The user's passes before a target's own; lossy ones are given what they need to come before them."""
+    _check_order(passes)
     before = pipeline("prepare", {}) if any(each.lossy for each in passes) else ()
     return (*before, *passes, *own)
+
+
+def _check_order(passes: Sequence[Pass]) -> None:
+    """Raise ArgumentError for a pass that would find nothing to do where it stands."""
+    names = [each.name for each in passes]
+    for place, each in enumerate(passes):
+        late = [name for name in each.before if name in names[:place]]
+        if late:
+            raise ArgumentError(f"pass {each.name} stands after {late[0]}", hint=f"'{each.name}, {late[0]}'")
+        lacking = [name for name in each.after if name not in names[:place]]
+        if lacking:
+            raise ArgumentError(f"pass {each.name} comes after {lacking[0]}", hint=f"'{lacking[0]}, {each.name}'")
 
 
 def show_pipeline(passes: Iterable[Pass]) -> str:

@@ -13,7 +13,7 @@ from paring.ir.graph import Graph, Node, rebuild
 from paring.ir.interpreter import interpret
 from paring.ir.op import Array, Op
 from paring.passes.contract import Contract
-from paring.passes.pattern import Match, Readers, Rule, match
+from paring.passes.pattern import Match, Rule, Users, match
 
 # What rules may take to come to rest, beside one for each node: chains of moves advance one node at a time.
 SWEEPS = 32
@@ -105,29 +105,29 @@ class _RulesByOp(dict[type[Op], list[Rule]]):
 
 
 def _sweep(graph: Graph, by_op: _RulesByOp, context: Context) -> Graph:
-    uses, readers = graph.use_counts(), defaultdict(list, graph.readers())
+    uses, users = graph.use_counts(), defaultdict(list, graph.users())
     most = REWRITES_AT_ONE_NODE + len(uses)
 
     def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
         new = node.with_inputs(inputs)
         if new is not node:
-            uses[new], readers[new] = uses[node], readers[node]
+            uses[new], users[new] = uses[node], users[node]
         for _ in range(most):
-            replacement = _rewrite_once(new, by_op[type(new.op)], uses, readers, context)
+            replacement = _rewrite_once(new, by_op[type(new.op)], uses, users, context)
             if replacement is None:
                 return new
             # Rather too many than too few: what had one reader and has two now must not be taken for its only one's.
             uses[replacement] += uses[node]
-            readers[replacement] = [*readers.get(replacement, ()), *readers[node]]
+            users[replacement] = [*users.get(replacement, ()), *users[node]]
             new = replacement
         raise InternalError(f"rules do not come to rest at {describe(node)}", why=str(context.rewrites[-1]))
 
     return rebuild(graph, visit)
 
 
-def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], readers: Readers, context: Context) -> Node | None:
+def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], users: Users, context: Context) -> Node | None:
     for rule in rules:
-        found, replacement = _try(rule, node, uses, readers)
+        found, replacement = _try(rule, node, uses, users)
         if found is None:
             continue
         if replacement is None:
@@ -139,10 +139,10 @@ def _rewrite_once(node: Node, rules: Sequence[Rule], uses: Counter[Node], reader
     return None
 
 
-def _try(rule: Rule, node: Node, uses: Counter[Node], readers: Readers) -> tuple[Match | None, Node | None]:
+def _try(rule: Rule, node: Node, uses: Counter[Node], users: Users) -> tuple[Match | None, Node | None]:
     """The match and what takes the node's place. Whatever a rule raises becomes a ParingError that names rule and node."""
     try:
-        found = match(rule.pattern, node, uses, readers)
+        found = match(rule.pattern, node, uses, users)
         return found, _replacement(rule, found) if found else None
     except ParingError as error:
         error.at(f"rule {rule.name} at {describe(node)}")

@@ -298,3 +298,45 @@ def test_networks_are_not_pickled_and_not_called_after_close() -> None:
 def test_a_single_layer_is_a_network_too(layer: torch.nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     torch.testing.assert_close(paring.compile(layer.eval(), (x,))(x), layer(x).detach())
+
+
+class OnlyByName(torch.nn.Module):
+    """Takes its inputs by name, one inside a dict."""
+
+    def forward(self, *, x: torch.Tensor, more: dict[str, torch.Tensor]) -> torch.Tensor:
+        return x - more["y"]
+
+
+def test_flat_arrays_make_the_call_of_a_network_whatever_its_form(tmp_path: Path) -> None:
+    x, y = torch.arange(6.0).reshape(2, 3), torch.ones(2, 3)
+    path = paring.compile(OnlyByName().eval(), (), kwargs={"x": x, "more": {"y": y}}).save(tmp_path / "net.paring")
+    net = paring.load(path)
+    args, kwargs = net.arguments([x, y])
+    assert torch.equal(net(*args, **kwargs), x - y)
+    with pytest.raises(errors.InputError, match="expected 2 inputs, got 1"):
+        net.arguments([x])
+
+
+def test_log1p_of_huge_numbers() -> None:
+    class Log1p(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.log1p(x)
+
+    x = np.array([1e-30, -1e-7, 0.0, 1.0, 1e30, 1e37, 3.4e38, np.inf], np.float32)
+    found = paring.compile(Log1p(), (x,))(x)
+    # A logarithm, a quotient and a product, each right to an ulp or so.
+    np.testing.assert_array_max_ulp(found, np.log1p(x.astype(np.float64)).astype(np.float32), maxulp=4)
+
+
+def test_a_model_that_gives_nothing() -> None:
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> None:
+            x + 1
+
+    with pytest.raises(errors.ModelError, match="returns no tensor"):
+        paring.compile(Nothing(), (torch.ones(2),))
+
+
+def test_a_saved_network_is_a_path() -> None:
+    with pytest.raises(errors.ArgumentError, match="a saved network is a path, not None"):
+        paring.load(None)  # type: ignore[arg-type]

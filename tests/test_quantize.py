@@ -448,9 +448,10 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        (lambda g: float("nan"), "the metric is NaN"),
+        (lambda g: float("nan"), "the metric is nan"),
         (lambda g: 1 / 0, "the metric raised ZeroDivisionError"),
-        (lambda g: "high", "the metric raised ValueError"),
+        (lambda g: "high", "the metric gives a str"),
+        (lambda g: None, "the metric gives None"),
     ],
 )
 def test_a_bad_metric_is_refused(metric: Callable[[Graph], float], message: str) -> None:

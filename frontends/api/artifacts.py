@@ -7,7 +7,7 @@ from typing import Any
 
 from paring.backends import lean, manifest
 from paring.frontends.structure import spec_from_json, spec_to_json
-from paring.ir.errors import ArgumentError, ArtifactError, ParingError
+from paring.ir.errors import ArgumentError, ArtifactError, ParingError, a_kind
 from paring.network import SAVED, Network, Version
 from paring.passes.ledger import Ledger
 from paring.passes.manager import Result
@@ -32,6 +32,8 @@ def load(path: str | Path, *, rebuild: bool = False, device: str | None = None, 
     program and weights instead of loading the saved library. `device` is for networks of a foreign target.
     Raises ArtifactError for anything damaged, newer than this release, or not made for this machine.
     """
+    if not isinstance(path, str | Path):
+        raise ArgumentError(f"a saved network is a path, not {a_kind(path)}", hint="paring.load('net.paring')")
     lean.import_tvm()
     from paring.backends import artifact
     from paring.backends.devices import open_executable

@@ -112,6 +112,10 @@ class Network:
         signature = self._only().signature
         return tuple(zip(signature.labels, signature.types, strict=True))
 
+    def arguments(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call (args, kwargs) that these make, in the order of `inputs`. Raises InputError where their number is another."""
+        return self._only().signature.unflatten_inputs(arrays)
+
     @property
     def outputs(self) -> tuple[tuple[str, TensorType], ...]:
         """Name and type of each tensor that the network gives; the name is its place in the result, like `logits` or `0.1`."""

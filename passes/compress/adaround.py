@@ -40,6 +40,7 @@ class AdaRound(Pass):
     contract = Lossy("noise", math.inf)
     lossy = True
     calibrated = True
+    after = ("quantize",)
     iterations: int = 500
     rate: float = 0.05
     drive: float = 0.05

@@ -26,6 +26,7 @@ class CorrectBias(Pass):
     contract = Lossy("noise", math.inf)
     lossy = True
     calibrated = True
+    after = ("quantize",)
 
     def run(self, graph: Graph, context: Context) -> Graph:
         twins = find_twins(graph, context, self.name)

@@ -60,6 +60,7 @@ class Equalize(Pass):
     contract = Close(2)
     lossy = True
     calibrated = True
+    before = ("quantize",)
     ranges: str = "weights"
 
     def check(self) -> None:

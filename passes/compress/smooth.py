@@ -47,6 +47,7 @@ class Smooth(Pass):
     contract = Close(2)
     lossy = True
     calibrated = True
+    before = ("quantize",)
     strength: float = 0.5
 
     def check(self) -> None:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 def run(
     what: Annotated[str, typer.Argument(metavar="PATH|MODEL", help="A saved network, or a model.", show_default=False)],
-    input: Annotated[list[Path] | None, typer.Option("--input", "-i", help="An input as .npy; one for each, in order.")] = None,
+    input: Annotated[
+        list[Path] | None, typer.Option("--input", "-i", help="An input as .npy; one for each, in order, keyword inputs last.")
+    ] = None,
     seed: Seed = 0,
     repeat: Annotated[int, typer.Option(min=0, help="Time this many calls.")] = 0,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each result here, as .npy.")] = None,
@@ -79,11 +81,11 @@ def _load(
         tell(f"loading {what}", 0, 0)
         with _words_of_the_command_line():
             net = paring.load(what, rebuild=rebuild, device=device, progress=tell)
-        return net, tuple(given or random_arrays([node.type for node in net.graph.inputs], seed)), {}
+        return net, *net.arguments(given or random_arrays([type for _, type in net.inputs], seed))
     tell(f"reading {what}", 0, 0)
     example = load_model(what, seed)
     net = paring.compile(example.model, example.args, example.kwargs, target=target or "native", device=device, progress=tell)
-    return (net, tuple(given), {}) if given else (net, as_arrays(example.args), as_arrays(example.kwargs))
+    return (net, *net.arguments(given)) if given else (net, as_arrays(example.args), as_arrays(example.kwargs))
 
 
 def _is_artifact(what: str) -> bool:

@@ -22,8 +22,8 @@ class Pass:
     """Base of all passes. Subclasses state `name`, `contract`, and either `rules` or `run`.
 
     `lossy`: whether it may change what is computed, as a Lossy contract says; then it lives in `compress/` and runs only if
-    asked for.
-    `calibrated`: whether it looks at calibration data. `before` which passes it belongs, and `after` which. `least`: the least values of whole numbers among the options.
+    asked for. `calibrated`: whether it looks at calibration data. `before` which passes it belongs, and `after` which.
+    `least`: the least values of whole numbers among the options.
     """
 
     name: ClassVar[str]

@@ -79,15 +79,11 @@ class Fuse(Pass):
                 continue
             if node not in outputs and _all_inline(node, readers, groups) and context.spend("fuse", node):
                 continue
-            found = {id(groups[r]): groups[r] for r in readers if r in groups}
-            joined = None
-            if node not in outputs and len(found) == 1 and all(r in groups for r in readers):
-                (group,) = found.values()
-                reason = self._refuses(group, node, readers)
-                if not reason and context.spend("fuse", node):
-                    joined = group
-                elif reason:
-                    context.decline("fuse", node, reason)
+            found = list({id(groups[r]): groups[r] for r in readers if r in groups}.values())
+            reason = _stands_alone(node, readers, groups, outputs) or self._refuses(found[0], node, readers)
+            if reason and readers:
+                context.decline("fuse", node, reason)
+            joined = found[0] if not reason and context.spend("fuse", node) else None
             if joined is None:
                 groups[node] = _Group(node, {node}, node if isinstance(node.op, ANCHORS) else None)
                 continue
@@ -112,6 +108,15 @@ class Fuse(Pass):
         if isinstance(node.op, MOVEMENT) and group.anchor is not None:
             return "only what lies between its reader's kernel and the result can be computed there"
         return _refuses_recomputing(node, readers)
+
+
+def _stands_alone(node: Node, readers: list[Node], groups: Mapping[Node, _Group], outputs: set[Node]) -> str:
+    """Why there is no one group that a node could join; empty where there is."""
+    if node in outputs or not readers:
+        return "it is a result of the network"
+    if not all(reader in groups for reader in readers):
+        return "it is read as a view"
+    return "several kernels read it" if len({id(groups[reader]) for reader in readers}) > 1 else ""
 
 
 def _refuses_prologue(anchor: Node, node: Node, readers: list[Node]) -> str:

@@ -61,12 +61,18 @@ class _Walker:
 
     def visit(self, node: Node) -> None:
         rule = BLOCKED.get(type(node.op))
+        if rule is None and any(map(self.is_blocked, node.inputs)):
+            self.decline(node, "it takes plain images only")
         blocked = rule(self, node) if rule else None
         if blocked is not None and self.context.spend(f"layout-{node.op.name}", node):
             self.blocked_of[node] = blocked
             return
         inputs = tuple(self.plain(operand) for operand in node.inputs)
         self.plain_of[node] = node.with_inputs(inputs)
+
+    def decline(self, node: Node, reason: str) -> None:
+        """For `return w.decline(...)`: the node stays as it is, and why."""
+        self.context.decline(f"layout-{node.op.name}", node, reason)
 
     def plain(self, node: Node) -> Node:
         if node not in self.plain_of:
@@ -117,18 +123,22 @@ def _conv(w: _Walker, node: Node) -> Node | None:
     x, weight, *bias = node.inputs
     op = node.op
     assert isinstance(op, conv.Conv2d)
-    if op.layout != "NCHW" or op.weight_layout != "OIHW" or not all(isinstance(n.op, Const) for n in (weight, *bias)):
-        return None
+    if op.layout != "NCHW" or op.weight_layout != "OIHW":
+        return w.decline(node, "it is blocked already")
+    if not all(isinstance(n.op, Const) for n in (weight, *bias)):
+        return w.decline(node, "its weights are not constant")
     out, per_group = weight.type.shape[:2]
     channels, block = x.type.shape[1], w.block
     whole_groups = per_group % block == 0 and (out // op.groups) % block == 0
     # Groups as wide as their results, of which a block holds several: depthwise ones, for instance.
     narrow = op.groups > 1 and channels == out and per_group < block and block % per_group == 0
     if op.groups > 1 and not narrow and not whole_groups:
-        return None
+        return w.decline(
+            node, f"groups of {per_group} to {out // op.groups} channels neither fill blocks of {block} nor share them out"
+        )
     integer = weight.type.dtype == "int8" and not narrow
     if integer and w.group == 1:
-        return None
+        return w.decline(node, "the target has no products of bytes")
     # A plain image of few channels (the first layer's) is read as it is, or in blocks of what is summed at once: its channels
     # would not fill a block.
     few = not w.is_blocked(x) and channels < block and op.groups == 1
@@ -180,16 +190,20 @@ def _reduce(w: _Walker, node: Node) -> Node | None:
     """Over the image, dimensions kept: the result is blocked as well."""
     (x,) = node.inputs
     assert isinstance(node.op, reduce.Reduction)
-    if not w.is_blocked(x) or node.op.axes != (2, 3) or not node.op.keepdims:
+    if not w.is_blocked(x):
         return None
+    if node.op.axes != (2, 3) or not node.op.keepdims:
+        return w.decline(node, "only a reduction over rows and columns that keeps them stays blocked")
     return Node(node.op, (w.blocked_of[x],), node.loc)
 
 
 def _broadcast(w: _Walker, node: Node) -> Node | None:
     """Of a blocked (N, C, 1, 1) to an image."""
     (x,) = node.inputs
-    if not w.is_blocked(x) or node.type.rank != 4 or x.type.shape[:2] != node.type.shape[:2]:
+    if not w.is_blocked(x):
         return None
+    if node.type.rank != 4 or x.type.shape[:2] != node.type.shape[:2]:
+        return w.decline(node, "it repeats images or channels")
     source = w.blocked_of[x]
     n, c, _, _, b = source.type.shape
     return Node(shape.Broadcast((n, c, *node.type.shape[2:], b)), (source,), node.loc)
@@ -201,7 +215,7 @@ def _concat(w: _Walker, node: Node) -> Node | None:
     if node.type.rank != 4 or not any(w.is_blocked(operand) for operand in node.inputs):
         return None
     if node.op.axis == 1 and any(operand.type.shape[1] % w.block for operand in node.inputs[:-1]):
-        return None
+        return w.decline(node, f"an operand before the last does not fill its blocks of {w.block} channels")
     operands = [blocked for operand in node.inputs if (blocked := w.blocked(operand)) is not None]
     return Node(node.op, operands, node.loc) if len(operands) == len(node.inputs) else None
 
@@ -211,10 +225,10 @@ def _slice(w: _Walker, node: Node) -> Node | None:
     (x,) = node.inputs
     op = node.op
     assert isinstance(op, shape.Slice)
-    if not w.is_blocked(x) or op.steps[1] != 1 or op.starts[1] % w.block:
+    if not w.is_blocked(x):
         return None
-    if op.stops[1] % w.block and op.stops[1] != x.type.shape[1]:
-        return None
+    if op.steps[1] != 1 or op.starts[1] % w.block or (op.stops[1] % w.block and op.stops[1] != x.type.shape[1]):
+        return w.decline(node, f"it does not cut whole blocks of {w.block} channels")
     first, last = op.starts[1] // w.block, blocks_of(op.stops[1], w.block)
     starts = (op.starts[0], first, *op.starts[2:], 0)
     stops = (op.stops[0], last, *op.stops[2:], w.block)
@@ -225,8 +239,10 @@ def _pad(w: _Walker, node: Node) -> Node | None:
     """Of rows and columns."""
     (x,) = node.inputs
     assert isinstance(node.op, shape.Pad)
-    if not w.is_blocked(x) or any(p != (0, 0) for p in node.op.padding[:2]):
+    if not w.is_blocked(x):
         return None
+    if any(p != (0, 0) for p in node.op.padding[:2]):
+        return w.decline(node, "it pads images or channels")
     return Node(dataclasses.replace(node.op, padding=(*node.op.padding, (0, 0))), (w.blocked_of[x],), node.loc)
 
 

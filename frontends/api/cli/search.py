@@ -138,7 +138,8 @@ def why_not(
         tell(f"reading {model}", 0, 0)
         example = load_model(model, seed)
         imported = import_any(example.model, example.args, example.kwargs)
-        result = run_pipeline(imported.graph, chosen, progress=lambda name: tell(name, 0, 0))
+        arrays = imported.flatten_inputs(example.args, example.kwargs)
+        result = run_pipeline(imported.graph, chosen, progress=lambda name: tell(name, 0, 0), calibration=[arrays], tell=tell)
     declined = [(name, rewrite.rule, rewrite.node, why) for name, rewrite, why in result.declined if only in ("", name)]
     data = [{"pass": name, "rule": rule, "node": node, "why": why} for name, rule, node, why in declined]
     if not declined:

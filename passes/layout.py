@@ -70,9 +70,10 @@ class _Walker:
         inputs = tuple(self.plain(operand) for operand in node.inputs)
         self.plain_of[node] = node.with_inputs(inputs)
 
-    def decline(self, node: Node, reason: str) -> None:
+    def decline(self, node: Node, reason: str) -> Node | None:
         """For `return w.decline(...)`: the node stays as it is, and why."""
         self.context.decline(f"layout-{node.op.name}", node, reason)
+        return None
 
     def plain(self, node: Node) -> Node:
         if node not in self.plain_of:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from paring.ir import Const, Graph, Input, Node, interpret, magnitude_bound
-from paring.ir.ops import binary, quantized, shape, unary
+from paring.ir.ops import binary, conv, quantized, reduce, shape, unary
 from paring.ir.ops.core import Region
 from paring.ir.ops.linear import Linear
 from paring.passes.base import Pass
@@ -147,3 +147,25 @@ def test_the_magnitude_bound_looks_into_regions_in_regions() -> None:
     expected, expected_bounds = magnitude_bound(flat, [X])
     assert same_bits(values[0], expected[0])
     assert same_bits(bounds[0], expected_bounds[0])
+
+
+def reasons(graph: Graph, passes: str) -> dict[str, str]:
+    return {
+        f"{name} {rewrite.node.split()[0]}": why for name, rewrite, why in run_pipeline(graph, parse_pipeline(passes)).declined
+    }
+
+
+def test_layout_and_fuse_say_why_not() -> None:
+    x = image(1, 8, 4, 4)
+    weights = [Node(Const(np.ones(dims, np.float32))) for dims in ((8, 8, 1, 1), (9, 8, 1, 1), (12, 3, 1, 1))]
+    first, odd = (Node(conv.Conv2d(), (x, w)) for w in weights[:2])
+    joined = Node(shape.Concat(1), (odd, first))
+    cut = Node(shape.Slice((0, 1, 0, 0), (1, 7, 4, 4), (1, 1, 1, 1)), (first,))
+    summed = Node(reduce.Sum((1,)), (first,))
+    uneven = Node(conv.Conv2d(groups=3), (Node(shape.Slice((0, 0, 0, 0), (1, 9, 4, 4), (1, 1, 1, 1)), (joined,)), weights[2]))
+    found = reasons(Graph((x,), (joined, cut, summed, uneven)), "layout{block=4}, fuse")
+    assert "does not fill its blocks of 4 channels" in found["layout concat"]
+    assert "does not cut whole blocks of 4 channels" in found["layout slice"]
+    assert "only a reduction over rows and columns" in found["layout sum"]
+    assert "groups of 3 to 4 channels" in found["layout conv2d"]
+    assert found["fuse conv2d"] == "several kernels read it"

@@ -11,7 +11,7 @@ from planting_prune import KEPT_PLANTERS, PRUNE_PLANTERS
 from test_quantize import layer, weight
 from wrong_prune import WRONG_PRUNES, Mistake
 
-from paring.ir import Const, Graph, Input, Loc, Node, interpret, parse
+from paring.ir import Const, Graph, Input, Loc, Node, show
 from paring.ir.errors import ArgumentError, IRTypeError, ParingError
 from paring.ir.ops import binary, conv, linear, norm, reduce, unary
 from paring.ir.verify import verify
@@ -24,7 +24,7 @@ from paring.passes.ledger import Ledger, measure
 from paring.passes.manager import Result, run_pass, run_pipeline
 from paring.passes.pipelines import parse_pipeline
 from paring.passes.rewriter import Context
-from paring.testing import Builder, Plant, check_round_trip, planted_graph, random_graph, random_inputs, shrink
+from paring.testing import Plant, check_round_trip, planted_graph, random_graph, random_inputs, shrink
 
 pytestmark = pytest.mark.fast
 
@@ -338,8 +338,6 @@ def test_masks_are_checked() -> None:
 
 def test_fuel_buys_groups_one_by_one() -> None:
     graph = ladder(4, 1)
-    total = len(prune(graph, "round_to=0").ledger.entries[0].rewrites)
-    assert total == 1
     fired = sum(prune(graph, "round_to=0").ledger.entries[0].rewrites.values())
     for fuel in range(fired + 1):
         result = prune(graph, "round_to=0", fuel=fuel)
@@ -351,15 +349,13 @@ def test_fuel_buys_groups_one_by_one() -> None:
 def test_the_ledger_says_how_many_went_and_reads_back() -> None:
     result = prune(ladder(), "ratio=0.5")
     (entry,) = result.ledger.entries
-    assert "40 of 85 channels removed, in 5 layers of 6; 80 could go" in entry.notes[-1]
+    assert "40 of 85 channels removed, in 5 of 6 layers; 80 could go" in entry.notes
     assert entry.after.macs < entry.before.macs / 2
     assert entry.after.parameter_bytes < entry.before.parameter_bytes / 2
     assert Ledger.from_json(result.ledger.as_json(times=False)).as_json(times=False) == result.ledger.as_json(times=False)
 
 
 def test_the_same_graph_gives_the_same_text() -> None:
-    from paring.ir import show
-
     first, second = (show(prune(ladder(), "criterion='random', seed=3").graph) for _ in range(2))
     assert first == second
 
@@ -376,5 +372,3 @@ def test_thousands_of_layers_take_seconds() -> None:
     after = prune(ladder(16, 700), "ratio=0.5").graph
     assert widths(after)["699.first"] == 8
     assert time.perf_counter() - start < 20
-
-

@@ -10,10 +10,10 @@ import numpy as np
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Array, Op
 from paring.ir.ops import attention, binary, conv, index, linear, norm, pool, reduce, resize, scan, shape, unary
-from paring.passes.compress.channels import Channels, Flow, Rule, Value, find_channels
-from paring.passes.compress.labels import one_value, varying
+from paring.passes.compress.channels import Channels, Flow, Rule, find_channels
+from paring.passes.compress.labels import Value, one_value, varying
 from paring.passes.compress.rescale import is_layer
-from paring.passes.util import channel_axis, const_value
+from paring.passes.util import channel_axis
 
 # Labels are arrays: beyond so many elements a reshape that tangles channels with pixels ties them instead.
 MOST_LABELS = 1 << 20
@@ -100,7 +100,7 @@ def batch_norm(flow: Flow, node: Node) -> Value:
         return flow.mixed(node)
     x = flow.tied(node, flow.value(node.inputs[0]), [a for a in range(node.type.rank) if a != 1])
     if not x.varies(1):
-        return Value(x.labels, np.full(x.labels.shape, np.nan), x.free)
+        return Value(x.labels, np.full(x.labels.shape, np.nan), _bound(node))
     parameters = [flow.constant(i) for i in node.inputs[1:]]
     with np.errstate(all="ignore"):
         found = np.asarray(node.op.ref(x.rest, *parameters)).astype(node.type.dtype)
@@ -199,13 +199,13 @@ def broadcast(flow: Flow, node: Node) -> Value:
 def transpose(flow: Flow, node: Node) -> Value:
     assert isinstance(node.op, shape.Transpose)
     x, perm = flow.value(node.inputs[0]), node.op.perm
-    return Value(x.labels.transpose(perm), x.rest.transpose(perm), tuple(x.free[axis] for axis in perm))
+    return Value(x.labels.transpose(perm), x.rest.transpose(perm), _bound(node))
 
 
 def flip(flow: Flow, node: Node) -> Value:
     assert isinstance(node.op, shape.Flip)
     x = flow.value(node.inputs[0])
-    return Value(np.flip(x.labels, node.op.axes), np.flip(x.rest, node.op.axes), x.free)
+    return Value(np.flip(x.labels, node.op.axes), np.flip(x.rest, node.op.axes), _bound(node))
 
 
 def roll(flow: Flow, node: Node) -> Value:
@@ -249,7 +249,6 @@ def concat(flow: Flow, node: Node) -> Value:
     axis, of = node.op.axis, [flow.values[i] for i in node.inputs]
     known = [value for value in of if value is not None]
     cross = list(np.broadcast_shapes(*(value.labels.take([0], axis).shape for value in known)))
-    free = tuple(a != axis and all(value.free[a] for value in known) for a in range(node.type.rank))
     sizes = [i.type.shape[axis] for i in node.inputs]
     apart = any(value.varies(axis) for value in known) or all(size == 1 for size in sizes)
     labels, rests = [], []
@@ -262,10 +261,10 @@ def concat(flow: Flow, node: Node) -> Value:
         labels.append(np.broadcast_to(found, dims))
         rests.append(np.broadcast_to(rest, dims))
     if apart:
-        return Value(np.concatenate(labels, axis), np.concatenate(rests, axis), free)
+        return Value(np.concatenate(labels, axis), np.concatenate(rests, axis), _bound(node))
     for other in labels[1:]:
         flow.coupling.tie(labels[0], other)
-    return Value(labels[0], one_value(np.concatenate(rests, axis), [axis]), free)
+    return Value(labels[0], one_value(np.concatenate(rests, axis), [axis]), _bound(node))
 
 
 def _beside(flow: Flow, other: Value, axis: int) -> Array:
@@ -307,7 +306,8 @@ def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> Iterable[tuple[l
     """The least runs of dimensions, before and after, that hold the same elements."""
     i = j = 0
     while i < len(before) or j < len(after):
-        old, new = [], []
+        old: list[int] = []
+        new: list[int] = []
         left = right = 1
         while True:
             if left <= right and i < len(before) and (left < right or not old):

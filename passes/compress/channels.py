@@ -20,6 +20,7 @@ from paring.ir.ops.core import Const, Input
 from paring.ir.ops.shape import Broadcast
 from paring.passes.compress.labels import Coupling, Value, one_value, slices_apart, varying
 
+ALL = "they are all that some value has"
 GRID = "they form a grid with others, of which whole rows go"
 Rule = Callable[["Flow", Node], Value]
 
@@ -190,7 +191,7 @@ def find_channels(graph: Graph, rules: Mapping[type[Op], Rule]) -> Channels:
         for root in dict.fromkeys(own.tolist()):
             places = np.flatnonzero(own == root)
             if root in held:
-                reason = pinned.get(root) or mixed.get(root) or "it is all that some value has"
+                reason = (mixed.get(root) if root in alone else None) or pinned.get(root) or ALL
                 why[reason] = why.get(reason, 0) + len(places)
             else:
                 channels.setdefault(root, {})[layer] = places

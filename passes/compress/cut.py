@@ -41,9 +41,11 @@ def masked(graph: Graph, removed: Mapping[Node, Sequence[int] | Array]) -> Graph
     new: dict[Node, list[Node]] = {}
     for layer, channels in removed.items():
         if layer not in known or not is_layer(layer):
-            raise ArgumentError(f"{layer.op.name} is no layer of this graph with constant weights", hint="give nodes of the graph")
+            raise ArgumentError(
+                f"{layer.op.name} is no layer of this graph with constant weights", hint="give nodes of the graph"
+            )
         places, width = np.asarray(channels, np.int64), layer.inputs[1].type.shape[0]
-        if places.size and not (0 <= places.min() and places.max() < width):
+        if places.size and not (places.min() >= 0 and places.max() < width):
             raise ArgumentError(f"{layer.op.name} has no channel {places.max()}", why=f"it has {width}")
         new[layer] = [_zeroed(i, places) for i in layer.inputs[1:]]
     return with_operands(graph, new)
@@ -120,7 +122,9 @@ class Knife:
             (x,) = node.inputs
             axis = cut.axis - (node.type.rank - x.type.rank)
             short = axis >= 0 and x.type.shape[axis] > 1
-            return Node(shape.Broadcast(_sized(node.op.shape, cut)), [self.narrow(x, Cut(axis, cut.kept)) if short else x], node.loc)
+            return Node(
+                shape.Broadcast(_sized(node.op.shape, cut)), [self.narrow(x, Cut(axis, cut.kept)) if short else x], node.loc
+            )
         if isinstance(node.op, Const):
             return constant(const_value(node).take(cut.kept, cut.axis), node.loc)
         if all(isinstance(n.op, Const) or n.inputs for n in Graph((), (node,)).nodes()):

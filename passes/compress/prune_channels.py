@@ -36,7 +36,7 @@ class PruneChannels(Pass):
     name = "prune-channels"
     contract = Lossy("metric", math.inf)
     before = ("equalize", "smooth", "quantize")
-    least = {"round_to": 0, "seed": 0}  # noqa: RUF012
+    least = {"round_to": 0, "seed": 0}
     ratio: float = 0.5
     criterion: str = "l2"
     scope: str = "layer"

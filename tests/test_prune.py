@@ -372,3 +372,28 @@ def test_thousands_of_layers_take_seconds() -> None:
     after = prune(ladder(16, 700), "ratio=0.5").graph
     assert widths(after)["699.first"] == 8
     assert time.perf_counter() - start < 20
+
+
+def test_layers_that_share_weights_are_pruned_apart() -> None:
+    rng = rng_for(5)
+    x = Node(Input("x", "float32", (1, 8)))
+    shared = weight(rng, 8, 8)
+    first = Node(linear.Linear(), [x, shared], Loc("first"))
+    second = Node(linear.Linear(), [relu(first), shared], Loc("second"))
+    graph = Graph((x,), (Node(linear.Linear(), [relu(second), weight(rng, 3, 8)], Loc("end")),))
+    assert check_pruned(graph, PruneChannels(0.5, round_to=0), exact=False) == 8
+    assert widths(prune(graph, "round_to=0").graph) == {"first": 4, "second": 4, "end": 3}
+
+
+def test_nothing_to_prune_is_no_error() -> None:
+    x = Node(Input("x", "float32", (2, 3)))
+    empty = Node(Input("y", "float32", (0, 3)))
+    assert prune(Graph((x,), (relu(x),))).graph.outputs
+    graph = Graph((empty,), (layer_of(layer_of(empty, 4), 2),))
+    result = prune(graph, "round_to=0")
+    assert result.graph is graph
+    assert "0 of 6 channels removed" in str(result.ledger) or "0 could go" in str(result.ledger)
+
+
+def layer_of(x: Node, width: int) -> Node:
+    return Node(linear.Linear(), [x, weight(rng_for(0), width, x.type.shape[-1])])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
@@ -21,13 +23,16 @@ from paring.testing import random_inputs
 
 NAMES = ("resnet18", "mobilenet_v2", "densenet121", "vit_tiny", "llama")
 # The share of multiply-adds that is left at a ratio of a half is at most this.
-LEFT = {"resnet18": 0.32, "mobilenet_v2": 0.5, "densenet121": 0.5, "vit_tiny": 0.75, "llama": 0.9}
+LEFT = {"resnet18": 0.27, "mobilenet_v2": 0.3, "densenet121": 0.27, "vit_tiny": 0.57, "llama": 0.8}
 GRAPHS: dict[str, Graph] = {}
 
 
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
-    pytest.importorskip({"vit_tiny": "timm", "llama": "transformers"}.get(request.param, "torchvision"))
+    # Only looked for: torchvision does not import everywhere before bench.models has prepared it.
+    library = {"vit_tiny": "timm", "llama": "transformers"}.get(request.param, "torchvision")
+    if find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
     return str(request.param)
 
 

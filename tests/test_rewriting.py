@@ -169,6 +169,6 @@ def test_layout_and_fuse_say_why_not() -> None:
         "layout slice: it does not cut whole blocks of 4 channels",
         "layout sum: only a reduction over rows and columns",
         "layout conv2d: groups of 3 to 4 channels",
-        "fuse conv2d: several kernels read it",
+        "several kernels read it",
     ):
         assert line in found

@@ -24,6 +24,9 @@ from paring.testing import Builder, planted_graph, random_inputs
 
 pytestmark = pytest.mark.fast
 
+# Noise over signal: 26 dB, what 8 bits make of these few layers; -100 dB, which only float32 rounding makes.
+LITTLE, ROUNDING = 0.05, 1e-5
+
 
 def rng_for(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
@@ -114,7 +117,7 @@ def test_hostile_channels_lose_much_without_and_little_with_equalize(middle: Cal
     for options in ("", "{ranges='activations'}"):
         found = noise(graph, run(graph, f"equalize{options}, quantize", calibration).graph, fresh)
         assert found < without / 3, options
-        assert found < 0.05
+        assert found < LITTLE
 
 
 def _shrunk(graph: Graph) -> Graph:
@@ -137,8 +140,8 @@ def test_a_clamp_that_bites_keeps_its_function_on_the_data() -> None:
         result = run(graph, "equalize", calibration)
         (entry,) = result.ledger.entries
         assert isinstance(entry.contract, Lossy)
-        assert entry.contract.budget < 1e-5
-        assert noise(graph, result.graph, calibration) < 1e-5
+        assert entry.contract.budget < ROUNDING
+        assert noise(graph, result.graph, calibration) < ROUNDING
 
 
 def test_clamps_are_left_alone_without_data() -> None:
@@ -179,9 +182,8 @@ def test_dead_channels_and_zero_weights_keep_their_scale() -> None:
 
     dead = rebuild(graph, visit)
     batch = batches_for(dead, 1, exact=False)[0]
-    (right,), (found,) = (interpret(g, batch) for g in (dead, run(dead, "equalize").graph))
-    assert np.isfinite(found).all()
-    assert np.abs(found - right).max() < 1e-4 * np.abs(right).max()
+    assert np.isfinite(interpret(run(dead, "equalize").graph, batch)[0]).all()
+    assert noise(dead, run(dead, "equalize").graph, [batch]) < ROUNDING
 
 
 # --- smooth ---------------------------------------------------------------------------------------------------------

@@ -435,6 +435,11 @@ def depthwise(b: Builder) -> Node:
     return b.layer(x, x.type.shape[1], 3, groups=x.type.shape[1], stride=b.choose(1, 2))
 
 
+def uneven_groups(b: Builder) -> Node:
+    x = b.layer(b.image(), 24, 1)
+    return b.layer(x, 24, b.choose(1, 3), groups=2)
+
+
 def narrow_groups(b: Builder) -> Node:
     x = b.layer(b.image(), b.choose(4, 6, 12), 1)
     return b.layer(x, x.type.shape[1], 3, groups=x.type.shape[1] // 2, stride=b.choose(1, 2))

@@ -162,6 +162,14 @@ def test_widths(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", X86)
+def test_half_blocks(name: str) -> None:
+    target, padded = native(name), ((1, 1), (1, 1))
+    half = target.block // 2
+    bodies = [region(half, (3, 6), (7, w), (3, 3), padding=padded, groups=3, epilogue="add") for w in (5, 17)]
+    check([*bodies, region(half, (2, 2), (3, 40), (1, 1))], target, conv)
+
+
+@pytest.mark.parametrize("name", X86)
 def test_known_layers(name: str) -> None:
     target = native(name)
     b = target.block

@@ -205,7 +205,7 @@ def test_any_knobs_give_the_same() -> None:
 def test_declines() -> None:
     target = TARGETS["x86-avx512"]
     declined = [
-        region(8, (1, 1), (4, 4), (3, 3)),  # another block than the target's
+        region(4, (1, 1), (4, 4), (3, 3)),  # neither a block of the target nor half of one
         region(16, (1, 1), (4, 4), (3, 3), groups=0),  # depthwise
     ]
     x, w = inputs((1, 3, 4, 4), (5, 3, 3, 3))

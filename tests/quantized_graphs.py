@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -187,3 +187,16 @@ def quantized_graph(rng: np.random.Generator, size: int = 6) -> tuple[Graph, Arr
         flat = b.node(shape.Reshape((last.type.shape[0], prod(last.type.shape[1:]))), last)
         last = b.node(linear.Linear(), flat, b.weight(5, flat.type.shape[1]), *b.bias(5))
     return Graph((b.x,), (last, b.images[int(rng.integers(len(b.images)))])), b.given
+
+
+def together(graphs: Sequence[Graph]) -> Graph:
+    """One graph of many: their inputs and outputs one after the other, so that one library has them all."""
+    new: dict[Node, Node] = {}
+    for graph in graphs:
+        for node in graph.nodes():
+            if isinstance(node.op, Input):
+                new[node] = Node(Input(f"x{len(new)}", node.type.dtype, node.type.shape))
+            else:
+                new[node] = node.with_inputs(tuple(new[i] for i in node.inputs))
+    inputs = tuple(new[n] for graph in graphs for n in graph.inputs)
+    return Graph(inputs, tuple(new[n] for graph in graphs for n in graph.outputs))

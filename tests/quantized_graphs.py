@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -129,7 +129,9 @@ def pooling(b: Quantizing) -> Node:
 def moving(b: Quantizing) -> Node:
     x = b.image()
     n, c, h, w = x.type.shape
-    kind = b.choose(0, 1, 2, 3)
+    kind = b.choose(0, 1, 2, 3, 4)
+    if kind == 4:
+        return shuffled(b, x, b.rounded(b.node(unary.Relu(), b.node(unary.Neg(), x))))
     if kind == 0:
         return b.node(shape.Concat(1), x, b.rounded(b.node(unary.Neg(), x)) if b.chance(0.5) else x)
     if kind == 1:
@@ -137,6 +139,15 @@ def moving(b: Quantizing) -> Node:
     if kind == 2:
         return b.node(shape.Pad(((0, 0), (0, 0), (1, 0), (0, 2))), x)
     return b.node(shape.Transpose((0, 1, 3, 2)), x)
+
+
+def shuffled(b: Quantizing, x: Node, y: Node) -> Node:
+    """Half of the channels of two images with scales of their own, in turns."""
+    n, c, h, w = x.type.shape
+    pairs = b.node(shape.Transpose((0, 2, 1, 3, 4)), b.node(shape.Reshape((n, 2, c, h, w)), b.node(shape.Concat(1), x, y)))
+    both = b.node(shape.Reshape((n, 2 * c, h, w)), pairs)
+    first = b.choose(0, c)
+    return b.node(shape.Slice((0, first, 0, 0), (n, first + c, h, w), (1, 1, 1, 1)), both)
 
 
 def attention(b: Quantizing) -> Node:
@@ -176,3 +187,16 @@ def quantized_graph(rng: np.random.Generator, size: int = 6) -> tuple[Graph, Arr
         flat = b.node(shape.Reshape((last.type.shape[0], prod(last.type.shape[1:]))), last)
         last = b.node(linear.Linear(), flat, b.weight(5, flat.type.shape[1]), *b.bias(5))
     return Graph((b.x,), (last, b.images[int(rng.integers(len(b.images)))])), b.given
+
+
+def together(graphs: Sequence[Graph]) -> Graph:
+    """One graph of many: their inputs and outputs one after the other, so that one library has them all."""
+    new: dict[Node, Node] = {}
+    for graph in graphs:
+        for node in graph.nodes():
+            if isinstance(node.op, Input):
+                new[node] = Node(Input(f"x{len(new)}", node.type.dtype, node.type.shape))
+            else:
+                new[node] = node.with_inputs(tuple(new[i] for i in node.inputs))
+    inputs = tuple(new[n] for graph in graphs for n in graph.inputs)
+    return Graph(inputs, tuple(new[n] for graph in graphs for n in graph.outputs))

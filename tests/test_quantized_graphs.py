@@ -94,10 +94,10 @@ def check_host(name: str) -> None:
 
 
 def check_emulator() -> None:
-    from paring.backends import emulator
+    from paring.backends import emulator_build
 
-    if emulator.missing():
-        pytest.skip(f"no emulated ARM: {', '.join(emulator.missing())}")
+    if emulator_build.missing():
+        pytest.skip(f"no emulated ARM: {', '.join(emulator_build.missing())}")
 
 
 @pytest.mark.parametrize("target", TARGETS)

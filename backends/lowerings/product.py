@@ -23,6 +23,7 @@ from paring.backends.lowerings.loops import (
     within,
 )
 from paring.backends.lowerings.reduce import exp_of
+from paring.backends.quantized import weight_place, weight_share
 from paring.backends.vecmath import bind, cast, fma, full
 from paring.ir import layout as lay
 from paring.ir.graph import Node
@@ -209,6 +210,36 @@ def attend(kernel: Kernel, node: Node, index: Index) -> Value:
     return cast(mixed / splat(safe, lanes), node.type.dtype)
 
 
+@by_lane
+def attend_on_integers(kernel: Kernel, node: Node, index: Index) -> Value:
+    """Scores are computed twice, as in `attend`."""
+    q, k, v, table = node.inputs
+    b, h, row, column = index
+    scalar_only((b, h, row))
+    lanes, op = lanes_of(index), node.op
+
+    def score(s: Any) -> Value:
+        def term(p: tuple[Any, ...]) -> Value:
+            left, right = (cast(kernel.value(x, (b, h, at, p[0])), "int32") for x, at in ((q, row), (k, s)))
+            return (left - op.q_zero) * right
+
+        return total(kernel, (q.type.shape[3],), 1, "int32", term)
+
+    def largest(state: tuple[Value, ...], p: tuple[Any, ...]) -> list[Value]:
+        return [tirx.max(state[0], score(p[0]))]
+
+    def weigh(state: tuple[Value, ...], p: tuple[Any, ...]) -> list[Value]:
+        weight = cast(kernel.value(table, (bind(weight_place(op, top - score(p[0]))),)), "int32")
+        value = cast(kernel.value(v, (b, h, p[0], column)), "int32")
+        value = splat(value, lanes) - constant(op.v_zero, "int32", lanes)
+        return [state[0] + weight, state[1] + splat(weight, lanes) * value]
+
+    (top,) = fold(kernel, (k.type.shape[2],), [("int32", constant(-(2**31), "int32"))], largest)
+    zeros = [("int32", constant(0, "int32")), ("int32", constant(0, "int32", lanes))]
+    whole, mixed = fold(kernel, (k.type.shape[2],), zeros, weigh)
+    return cast(mixed, "float32") * splat(weight_share(op, whole), lanes)
+
+
 def masked(kernel: Kernel, node: Node, score: Value, index: Index) -> Value:
     """A score after the causal mask and the mask operand; the last component of the index may be lanes."""
     low = full(score, float("-inf"))
@@ -227,4 +258,5 @@ PRODUCTS = {
     linear.Linear: linear_,
     linear.Matmul: matmul,
     attention.ScaledDotProductAttention: attend,
+    attention.IntegerAttention: attend_on_integers,
 }

@@ -15,13 +15,13 @@ from paring.backends import vecmath as vm
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, as_int, constant, splat
 from paring.backends.lowerings.loops import accumulator, horizontal
 from paring.backends.lowerings.product import masked
-from paring.backends.scalar import SCALARS
 from paring.backends.schedules.elementwise import pieces
 from paring.backends.schedules.tiles import Accumulators, Run, balanced, dispatch, runs, tile_count
 from paring.backends.targets import Target
 from paring.backends.vecmath import bind
 from paring.ir.graph import Graph, Node
-from paring.ir.ops import index, shape
+from paring.ir.op import Op
+from paring.ir.ops import ELEMENTWISE, POINTWISE, index, shape
 from paring.ir.ops.attention import ScaledDotProductAttention
 from paring.ir.ops.core import Const, Input
 
@@ -66,7 +66,15 @@ class Sizes:
 
 
 def find(body: Graph, target: Target) -> Node | None:
-    anchors = [n for n in body.nodes() if isinstance(n.op, ScaledDotProductAttention)]
+    return only_attention(body, ScaledDotProductAttention)
+
+
+def only_attention(body: Graph, op: type[Op]) -> Node | None:
+    """The one node of that op, giving float32, of a region that is it, movements before it and elementwise ops behind it.
+
+    The result may be transposed at last.
+    """
+    anchors = [n for n in body.nodes() if isinstance(n.op, op)]
     if len(anchors) != 1:
         return None
     (anchor,) = anchors
@@ -75,17 +83,17 @@ def find(body: Graph, target: Target) -> Node | None:
     behind, before = {anchor}, set(Graph((), anchor.inputs).nodes())
     for n in body.nodes():
         if n is anchor or n in before:
-            if n in before and not (isinstance(n.op, MOVES) or type(n.op) in SCALARS):
+            if n in before and not isinstance(n.op, (*MOVES, *ELEMENTWISE)):
                 return None
         elif behind.isdisjoint(n.inputs):
-            if not (isinstance(n.op, MOVES) or type(n.op) in SCALARS):
+            if not isinstance(n.op, (*MOVES, *ELEMENTWISE)):
                 return None
-        elif type(n.op) in SCALARS and n.type.shape == anchor.type.shape:
+        elif isinstance(n.op, POINTWISE) and n.type.shape == anchor.type.shape:
             behind.add(n)
-        elif n is not body.outputs[0] or not isinstance(n.op, shape.Transpose) or n.inputs != (anchor,):
+        elif n is not body.outputs[0] or not isinstance(n.op, shape.Transpose):
             return None
     output = body.outputs[0]
-    return anchor if output in behind or output.inputs == (anchor,) else None
+    return anchor if output in behind or not behind.isdisjoint(output.inputs) else None
 
 
 def knobs(anchor: Node, target: Target) -> AttentionKnobs:

@@ -13,6 +13,7 @@ from tvm import tirx
 
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, as_int, constant, splat
 from paring.backends.lowerings.loops import accumulator, horizontal
+from paring.backends.lowerings.product import masked
 from paring.backends.quantized import weight_place, weight_share
 from paring.backends.schedules.attention import AttentionKnobs, Sizes, only_attention
 from paring.backends.schedules.attention import knobs as knobs
@@ -114,7 +115,7 @@ class Head:
             total = self._sums(self.keys, vector * self.inner, self.inner)
             kernel.store(self.biases, Lanes(vector * lanes, lanes), total * full(total, -zero))
         with kernel.loop(self.padded - sizes.keys) as i:
-            # Below any other score: what stands behind the last key is never the greatest.
+            # Below any other score.
             kernel.store(self.biases, i + sizes.keys, constant(-MOST_SUM, "int32"))
 
     def _pack_values(self) -> None:
@@ -186,7 +187,7 @@ class Head:
                 self._scores(run.width, begin + turn * part.width, part.width)
             first += part.count * part.width
         with kernel.loop(run.width) as row:
-            self._weigh(row)
+            self._weigh(start + row, row)
         column = 0
         for width in balanced(self.sizes.value_vectors, self.settings.vectors):
             self._mix(start, run.width, column, width)
@@ -216,9 +217,23 @@ class Head:
             for v in range(vectors):
                 kernel.store(self.scores, Lanes(r * self.padded + (vector + v) * lanes, lanes), sums.value(r, v))
 
-    def _weigh(self, row: Scalar) -> None:
+    def _mask(self, query: Scalar, row: Scalar) -> None:
+        """Scores of keys that do not count become those of what stands behind the last key."""
+        kernel = self.kernel
+        for start, width, count in pieces(self.sizes.keys, self.sizes.lanes):
+            with kernel.loop(count) as turn:
+                at = start + turn * width
+                place = Lanes(row * self.padded + at, width)
+                position = Lanes(at, width) if width > 1 else at
+                score = masked(kernel, self.anchor, kernel.load(self.scores, place), (*self.at, query, position), -MOST_SUM)
+                kernel.store(self.scores, place, score)
+
+    def _weigh(self, query: Scalar, row: Scalar) -> None:
         """One row's weights, their sum, and what a sum of values is multiplied by."""
         kernel, lanes, op = self.kernel, self.sizes.lanes, self.anchor.op
+        partly = op.causal or len(self.anchor.inputs) == op.arity[1]
+        if partly:
+            self._mask(query, row)
         top, where = accumulator(kernel, lanes, "int32", constant(-(2**31), "int32", lanes))
         with kernel.loop(self.sizes.key_vectors) as i:
             score = kernel.load(self.scores, Lanes(row * self.padded + i * lanes, lanes))
@@ -227,21 +242,21 @@ class Head:
         total, where = accumulator(kernel, lanes, "int32", constant(0, "int32", lanes))
         table = kernel.buffers[self.anchor.inputs[3]]
 
-        def visit(i: Scalar, keys: int) -> None:
+        def visit(i: Scalar, partly: bool) -> None:
             place = Lanes(row * self.padded + i * lanes, lanes)
-            below = weight_place(op, most - kernel.load(self.scores, place))
-            weight = bind(look_up(kernel, table, "uint8", bind(below)))
-            if keys < lanes:
-                weight = bind(tirx.Select(Lanes(0, lanes).expand() < full(below, keys), weight, full(weight, 0)))
+            score = kernel.load(self.scores, place)
+            weight = bind(look_up(kernel, table, "uint8", bind(weight_place(op, most - score))))
+            if partly:
+                weight = bind(tirx.Select(score > full(score, -MOST_SUM), weight, full(weight, 0)))
             kernel.store(total, where, kernel.load(total, where) + cast(weight, "int32"))
             flipped = weight if self.dtype == "uint8" else cast(weight ^ full(weight, 128), "int8")
             kernel.store(self.weights, place, flipped)
 
         whole, rest = divmod(self.sizes.keys, lanes)
         with kernel.loop(whole) as i:
-            visit(i, lanes)
+            visit(i, partly)
         if rest:
-            visit(whole, rest)
+            visit(whole, True)
         weights = bind(horizontal(kernel.load(total, where), lambda x, y: x + y))
         kernel.store(self.totals, row, weights)
         kernel.store(self.shares, row, weight_share(op, weights))

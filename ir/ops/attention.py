@@ -103,34 +103,45 @@ MOST_SUM = 1 << 29
 class IntegerAttention(Op):
     """Attention on 8-bit q (B, H, L, E), k (B, H, S, E), v (B, H, S, EV), each of its own dtype, as float32 (B, H, L, EV).
 
+    Operands: q, k, v, the table, optionally a bool mask (B, H, L, S), which keeps where true; `causal` keeps key <= query.
+
     The scores s are the sums of (q - q_zero) * k; a zero point of k adds the same to a whole row, and falls out. The weight of a
     key is w = table[min(round(float32(max(s) - s) * steps), 255)], `table` being uint8 (256,): exact sums, one rounding, and
-    each row's own scale. The result is float32(sum(w * (v - v_zero))) * (scale / float32(max(sum(w), 1))).
+    each row's own scale. Keys that are not kept have the weight 0 and do not count for max(s).
+    The result is float32(sum(w * (v - v_zero))) * (scale / float32(max(sum(w), 1))).
     """
 
     name = "integer_attention"
-    arity = (4, 4)
+    arity = (4, 5)
     q_zero: int = 0
     v_zero: int = 0
     steps: float = 1.0
     scale: float = 1.0
+    causal: bool = False
 
     def infer(self, *types: TensorType) -> TensorType:
-        q, k, v, table = types
+        q, k, v, table = types[:4]
         require(all(t.dtype in BYTES for t in (q, k, v)), "operands are not of 8 bits", why=f"{q}, {k}, {v}")
         _require_fit(q, k, v)
         require(k.shape[2] > 0, "there are no keys", why=f"{k}")
         require(table.dtype == "uint8" and table.shape == (256,), "a table has 256 entries of uint8", why=f"{table}")
         require(max(q.shape[3], k.shape[2]) << 16 <= MOST_SUM, "a sum may leave 32 bits", why=f"{q}, {k}")
+        for mask in types[4:]:
+            kept = mask.dtype == "bool" and mask.shape == (*q.shape[:3], k.shape[2])
+            require(kept, "the mask does not fit", why=f"{mask}, wanted bool {(*q.shape[:3], k.shape[2])}")
         for value in (self.steps, self.scale):
             require(float(np.float32(value)) == value and 0 < value < np.inf, f"{value!r} is not a positive float32")
         return v.with_dtype("float32").with_shape((*q.shape[:3], v.shape[3]))
 
     def _weights(self, arrays: tuple[Array, ...]) -> Array:
-        q, k, _, table = arrays
+        q, k, _, table, *mask = arrays
         scores = ((exact_wide(q) - self.q_zero) @ exact_wide(k).swapaxes(2, 3)).astype(np.int64)
-        below = (scores.max(3, keepdims=True) - scores).astype(np.float32) * np.float32(self.steps)
-        return exact_wide(table[np.rint(np.minimum(below, np.float32(255))).astype(np.int64)])
+        kept = np.tri(*scores.shape[2:], dtype=np.bool_) if self.causal else np.array(True)
+        kept = np.broadcast_to(np.logical_and(kept, *mask) if mask else kept, scores.shape)
+        top = np.where(kept, scores, -MOST_SUM).max(3, keepdims=True)
+        below = np.maximum(top - scores, 0).astype(np.float32) * np.float32(self.steps)
+        weights = table[np.rint(np.minimum(below, np.float32(255))).astype(np.int64)]
+        return np.where(kept, exact_wide(weights), 0.0)
 
     def ref(self, *arrays: Array) -> Array:
         weights = self._weights(arrays)
@@ -151,7 +162,10 @@ class IntegerAttention(Op):
             return TensorType(dtype, shape)
 
         table = bytes_("uint8", 256)
+        small = bytes_("int8", 1, 1, 3, 6), bytes_("uint8", 1, 1, 9, 6), bytes_("int8", 1, 1, 9, 5)
         return [
             (cls(7, 120, 2.0**-8, 0.5), (bytes_("uint8", 1, 2, 5, 4), *(bytes_("uint8", 1, 2, 7, n) for n in (4, 3)), table)),
-            (cls(-3, 5, 0.015625), (bytes_("int8", 1, 1, 3, 6), bytes_("uint8", 1, 1, 9, 6), bytes_("int8", 1, 1, 9, 5), table)),
+            (cls(-3, 5, 0.015625), (*small, table)),
+            (cls(2, 0, 0.03125), (*small, table, bytes_("bool", 1, 1, 3, 9))),
+            (cls(causal=True), (*small, table)),
         ]

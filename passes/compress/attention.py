@@ -24,11 +24,11 @@ TABLE = np.rint(255 * np.exp(np.arange(256) * (-REACH / 255))).astype(np.uint8)
 
 
 def fits(node: Node) -> bool:
-    """Whether an attention can be computed on integers: without a mask, its sums within 32 bits, larger scores counting more."""
+    """Whether an attention can be computed on integers: no float mask, sums within 32 bits, larger scores counting more."""
     attend, (q, k) = node.op, (operand.type.shape for operand in node.inputs[:2])
     assert isinstance(attend, ScaledDotProductAttention)
     small = max(q[3], k[2]) << 16 <= MOST_SUM
-    return small and len(node.inputs) == 3 and not attend.causal and attend.scale_for(q[3]) > 0
+    return small and all(mask.type.dtype == "bool" for mask in node.inputs[3:]) and attend.scale_for(q[3]) > 0
 
 
 def on_integers(node: Node, inputs: Sequence[Node], params: Sequence[Affine]) -> Node:
@@ -40,9 +40,9 @@ def on_integers(node: Node, inputs: Sequence[Node], params: Sequence[Affine]) ->
         steps = float(np.float32(q.scale * k.scale * attend.scale_for(node.inputs[0].type.shape[3]) * 255 / REACH))
     if not 0 < steps < math.inf:
         return node.with_inputs(inputs)
-    op = IntegerAttention(q.zero_point, v.zero_point, steps, v.scale)
-    integers = (quantize(x, each) for x, each in zip(inputs, params, strict=True))
-    return Node(op, (*integers, constant(TABLE)), node.loc)
+    op = IntegerAttention(q.zero_point, v.zero_point, steps, v.scale, attend.causal)
+    integers = (quantize(x, each) for x, each in zip(inputs[:3], params, strict=True))
+    return Node(op, (*integers, constant(TABLE), *inputs[3:]), node.loc)
 
 
 def quantize(node: Node, params: Affine) -> Node:

@@ -45,7 +45,7 @@ class Recipe:
     def attentions(self, units: Iterable[Unit]) -> dict[Node, list[Affine]]:
         """The attentions among these units, with the parameters of what they read."""
         found = [unit.anchor for unit in units if isinstance(unit.anchor.op, ScaledDotProductAttention)]
-        return {node: [self.params[self.flow.origins[i][0]] for i in node.inputs] for node in found}
+        return {node: [self.params[self.flow.origins[i][0]] for i in node.inputs[:3]] for node in found}
 
 
 class Ratio:

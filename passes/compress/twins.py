@@ -54,7 +54,7 @@ def _match(before: Graph, after: Graph, who: str) -> dict[Node, Node]:
             continue
         seen.add(new)
         if isinstance(new.op, IntegerAttention) and isinstance(old.op, ScaledDotProductAttention):
-            stack.extend((q.inputs[0], x) for q, x in zip(new.inputs, old.inputs, strict=False))
+            stack.extend((q.inputs[0], x) for q, x in zip(new.inputs[:3], old.inputs[:3], strict=True))
             continue
         if new.op != old.op or len(new.inputs) < len(old.inputs):
             why = f"{new.op.name} stands where {old.op.name} was"

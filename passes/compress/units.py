@@ -62,7 +62,8 @@ class Unit:
         inside = set(self.nodes)
         found = []
         for node in self.nodes:
-            read = node.inputs[:1] if isinstance(node.op, (*LAYERS, *NORMS)) else node.inputs
+            count = 1 if isinstance(node.op, (*LAYERS, *NORMS)) else 3
+            read = node.inputs[:count]
             found += [i for i in read if i not in inside]
         return found
 
@@ -230,7 +231,8 @@ def insert(
 ) -> Inserted:
     """Quantize and dequantize after each value of `pairs`, and `weights[layer]` as the weight of each layer named.
 
-    Each of `attentions` is computed on integers, those of its operands with the parameters given. Graph outputs stay as they are: they read the value before its pair.
+    Each of `attentions` is computed on integers, those of its operands with the parameters given. Graph outputs stay as they
+    are: they read the value before its pair.
     """
     new: dict[Node, Node] = {}
     read: dict[Node, Node] = {}

@@ -6,6 +6,7 @@ keys. Operands are read through whatever movements the region holds, so splittin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,13 +108,22 @@ def knobs(anchor: Node, target: Target) -> AttentionKnobs:
 
 
 def emit(kernel: Kernel, anchor: Node, settings: AttentionKnobs) -> None:
+    macs = anchor.op.macs(anchor.type, *(i.type for i in anchor.inputs))
+    each_head(kernel, anchor, settings, Head, macs // 20)
+
+
+def each_head(kernel: Kernel, anchor: Node, settings: AttentionKnobs, make: Callable[..., Any], work: int) -> None:
+    """Pack each head once for each chunk of its rows, and compute these tile by tile.
+
+    `make(kernel, anchor, sizes, settings, b, h)` is a head, with `pack()` and `rows(first row, tile)`; `work` as in
+    `Kernel.parallel`.
+    """
     sizes = Sizes.of(anchor, kernel.target)
     tiles = runs(balanced(sizes.queries, settings.rows))
     chunks = min(settings.chunks, tile_count(tiles))
     each = -(-tile_count(tiles) // chunks)
-    macs = anchor.op.macs(anchor.type, *(i.type for i in anchor.inputs))
-    with kernel.parallel((sizes.batch, sizes.heads, chunks), macs // 20) as (b, h, chunk):
-        head = Head(kernel, anchor, sizes, settings, b, h)
+    with kernel.parallel((sizes.batch, sizes.heads, chunks), work) as (b, h, chunk):
+        head = make(kernel, anchor, sizes, settings, b, h)
         head.pack()
         left = tile_count(tiles) - chunk * each
         count = each if chunks == 1 else tirx.max(tirx.min(as_int(left), as_int(each)), as_int(0))

@@ -11,15 +11,15 @@ from typing import Any
 
 from tvm import tirx
 
-from paring.backends.kernel import Kernel, Lanes, Scalar, Value, as_int, constant, splat
+from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, splat
 from paring.backends.lowerings.loops import accumulator, horizontal
 from paring.backends.lowerings.product import masked
 from paring.backends.quantized import weight_place, weight_share
-from paring.backends.schedules.attention import AttentionKnobs, Sizes, only_attention
+from paring.backends.schedules.attention import AttentionKnobs, Sizes, each_head, only_attention
 from paring.backends.schedules.attention import knobs as knobs
 from paring.backends.schedules.dot import Dot, dot_for
 from paring.backends.schedules.elementwise import pieces
-from paring.backends.schedules.tiles import Accumulators, Run, balanced, dispatch, duration, runs, tile_count
+from paring.backends.schedules.tiles import Accumulators, Run, balanced, duration, runs
 from paring.backends.tables import look_up
 from paring.backends.targets import Target
 from paring.backends.vecmath import bind, cast, full, reinterpret
@@ -44,17 +44,7 @@ def _dot(target: Target) -> tuple[Dot, str] | None:
 
 
 def emit(kernel: Kernel, anchor: Node, settings: AttentionKnobs) -> None:
-    sizes = Sizes.of(anchor, kernel.target)
-    tiles = runs(balanced(sizes.queries, settings.rows))
-    chunks = min(settings.chunks, tile_count(tiles))
-    each = -(-tile_count(tiles) // chunks)
-    with kernel.parallel((sizes.batch, sizes.heads, chunks), duration(anchor)) as (b, h, chunk):
-        head = Head(kernel, anchor, sizes, settings, b, h)
-        head.pack()
-        left = tile_count(tiles) - chunk * each
-        count = each if chunks == 1 else tirx.max(tirx.min(as_int(left), as_int(each)), as_int(0))
-        with kernel.loop(count) as turn:
-            dispatch(kernel, chunk * each + turn, tiles, head.rows)
+    each_head(kernel, anchor, settings, Head, duration(anchor))
 
 
 class Head:
@@ -80,22 +70,17 @@ class Head:
         self.totals = kernel.local(settings.rows, "int32")
 
     def pack(self) -> None:
-        for buffer, size in (
-            (self.keys, self.padded * self.inner),
-            (self.values, self.sizes.value_vectors * self.sizes.lanes * self.steps),
-        ):
-            self._fill(buffer, size // self.sizes.lanes)
+        """Keys and values; what is behind their ends, and behind those of queries, is 0."""
+        kernel, lanes = self.kernel, self.sizes.lanes
+        vectors = {self.keys: self.sizes.key_vectors * self.inner, self.values: self.sizes.value_vectors * self.steps}
+        for buffer, count in vectors.items():
+            with kernel.loop(count) as i:
+                kernel.store(buffer, Lanes(i * lanes, lanes), constant(0, "int32", lanes))
         self._pack_keys()
         self._pack_values()
-        rows = self.settings.rows * self.inner * 4
         if self.sizes.inner % 4:
-            with self.kernel.loop(rows) as i:
-                self.kernel.store(self.queries, i, constant(0, self.dtype))
-
-    def _fill(self, buffer: Any, vectors: int) -> None:
-        lanes = self.sizes.lanes
-        with self.kernel.loop(vectors) as i:
-            self.kernel.store(buffer, Lanes(i * lanes, lanes), constant(0, "int32", lanes))
+            with kernel.loop(self.settings.rows * self.inner * 4) as i:
+                kernel.store(self.queries, i, constant(0, self.dtype))
 
     def _pack_keys(self) -> None:
         """[vector of keys][step][lane][4], as int8, and what the zero point of q makes of each key."""

@@ -13,6 +13,7 @@ from paring.ir import Const, Graph, Input, Node, Op, interpret
 from paring.ir.errors import IRTypeError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, pool, quantized, reduce, shape, unary
+from paring.ir.ops.attention import IntegerAttention
 
 TABLES: tuple[Op, ...] = (unary.HardSwish(), unary.Gelu(), unary.Silu(), unary.Tanh(), unary.Abs(), unary.LeakyRelu(0.1))
 
@@ -164,10 +165,24 @@ def attention(b: Quantizing) -> Node:
     return b.node(shape.Reshape((n, c, h, w)), b.node(shape.Transpose((0, 2, 1)), mixed))
 
 
+def heads(b: Quantizing) -> Node:
+    x = b.image()
+    n, c, h, w = x.type.shape
+    tokens = b.node(shape.Reshape((n, c, 1, h * w)), x)
+    split = b.node(shape.Transpose((0, 2, 3, 1)), tokens)
+    q, k, v = (b.rounded(y).inputs[0] for y in (split, b.node(unary.Tanh(), split) if b.chance(0.5) else split, split))
+    zeros = [y.op.zero_point for y in (q, v) if isinstance(y.op, quantized.Quantize)]
+    table = b.const(np.rint(255 * np.exp(-np.arange(256) / b.rng.uniform(30, 60))).astype(np.uint8))
+    op = IntegerAttention(*zeros, f32(b.rng.uniform(0.1, 1) / c**0.5 / 100), f32(0.02), b.chance(0.3))
+    mixed = b.node(op, q, k, v, table)
+    return b.node(shape.Reshape((n, c, h, w)), b.node(shape.Transpose((0, 3, 1, 2)), mixed))
+
+
 STEPS: tuple[tuple[Callable[[Quantizing], Node], float], ...] = (
     *((step, 3.0) for step in (layer, residual)),
     *((step, 1.0) for step in (gate, table, pooling, moving)),
     (attention, 0.5),
+    (heads, 0.5),
 )
 
 

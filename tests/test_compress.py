@@ -12,6 +12,7 @@ from paring.ir import Const, Graph, Input, Loc, Node, interpret, rebuild, show
 from paring.ir.errors import ArgumentError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, pool, reduce, shape, unary
+from paring.ir.ops.attention import IntegerAttention, ScaledDotProductAttention
 from paring.passes.compress.adaround import _rows
 from paring.passes.compress.rescale import by_group, carries, input_ranges
 from paring.passes.compress.twins import find_twins
@@ -321,6 +322,21 @@ def test_all_of_them_together() -> None:
     assert isinstance(result.ledger.contract, Lossy)
     nearest = run(graph, "quantize{bits=4}", calibration)
     assert noise(graph, result.graph, fresh) < noise(graph, nearest.graph, fresh) / 2
+
+
+def test_layers_around_attention_on_integers_are_found_again() -> None:
+    rng = np.random.default_rng(3)
+    x, keep = Node(Input("x", "float32", (2, 5, 8))), Node(Input("keep", "bool", (2, 1, 5, 5)))
+    q, k, v = (_heads(Node(linear.Linear(), (x, weight(rng, 8, 8)))) for _ in range(3))
+    graph = Graph((x, keep), (Node(ScaledDotProductAttention(), (q, k, v, Node(shape.Broadcast((2, 2, 5, 5)), (keep,)))),))
+    data = [[rng.standard_normal((2, 5, 8)).astype(np.float32), rng.random((2, 1, 5, 5)) < 0.8] for _ in range(3)]
+    result = run_pipeline(graph, parse_pipeline("quantize, adaround, correct-bias"), calibration=data)
+    assert any(isinstance(node.op, IntegerAttention) for node in result.graph.nodes())
+    assert noise(graph, result.graph, data) < 0.03
+
+
+def _heads(x: Node) -> Node:
+    return Node(shape.Transpose((0, 2, 1, 3)), (Node(shape.Reshape((2, 5, 2, 4)), (x,)),))
 
 
 def test_the_same_data_give_the_same_program() -> None:

@@ -30,7 +30,7 @@ IN_CI = 8
 GRAPHS_ON_ARM = 16
 FOLD = parse_pipeline((*pipeline("simplify", {}), "decompose", "fold-qdq", "const-fold{dequantize=True}"))
 RULE = [rule.name for rule in fold_qdq.RULES].index("layer-on-integers")
-ENDS = {"input", "const", "broadcast", "quantize", "dequantize", "descale"}
+ENDS = {"input", "const", "broadcast", "quantize", "dequantize", "descale", "integer_attention"}
 # What a softmax and a layer norm on integers round for each row.
 ROWS = {"cast", "div", "sqrt", "add", "sub", "mul"}
 

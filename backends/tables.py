@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from paring.backends.kernel import Kernel, Lanes, Value
+from paring.backends.kernel import Kernel, Lanes, Value, splat
 from paring.backends.vecmath import bind, cast, full, lanes_in, part, reinterpret
 
 ENTRIES = 256
@@ -17,17 +17,20 @@ ByteTable = Callable[[Kernel, Any, str, Value], Value]
 
 
 def _in_parts(width: int, look_up: ByteTable) -> ByteTable:
-    """For vectors of any number of lanes, what works on `width` of them: a narrower one is repeated, a wider one is cut."""
+    """For vectors of any number of lanes, what works on `width` of them: a wider one is cut, and a narrower part repeated."""
 
     def any_width(kernel: Kernel, table: Any, dtype: str, places: Value) -> Value:
         lanes = lanes_in(places)
-        if lanes < width:
-            repeated = tirx.Shuffle([places] * (width // lanes), [tirx.const(i, "int32") for i in range(width)])
-            return part(bind(look_up(kernel, table, dtype, bind(repeated))), 0, lanes)
-        whole = kernel.local(lanes, dtype)
-        for number in range(lanes // width):
-            found = look_up(kernel, table, dtype, bind(part(places, number, width)) if lanes > width else places)
-            kernel.store(whole, Lanes(number * width, width), found)
+        if lanes == width:
+            return look_up(kernel, table, dtype, places)
+        places, whole = bind(places), kernel.local(lanes, dtype)
+        for start in range(0, lanes, width):
+            count = min(width, lanes - start)
+            indices = [tirx.const(start + i % count, "int32") for i in range(width)]
+            # A shuffle gives no more lanes than it is given.
+            chosen = tirx.Shuffle([places] * -(-width // lanes), indices) if lanes > 1 else splat(places, width)
+            found = bind(look_up(kernel, table, dtype, bind(chosen)))
+            kernel.store(whole, Lanes(start, count), found if count == width else part(found, 0, count))
         return kernel.load(whole, Lanes(0, lanes))
 
     return any_width

@@ -143,6 +143,7 @@ def graphs(target: Target) -> list[tuple[str, Graph]]:
         *(("depthwise", narrow(target, *c, *x)) for c, x in product(images, ACTIVATIONS)),
         *(("gemm", linear(target, *c, x)) for c, x in product(layers, ("uint8", "int8"))),
         *(("gemm", looked_up(target, *c, x)) for c, x in product(layers[:3], ("uint8", "int8"))),
+        *(("gemm", looked_up(target, 3, 9, out, "uint8")) for out in (1, 3, 11, 17, 30, 31)),
         *(("integer-attention", attention(*case)) for case in zip(HEADS * 3, SIGNS * 4, MASKS * 4, strict=True)),
     ]
 

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .constraints.txt
 
-.PHONY: demo test check lint types long bench coverage clean
+.PHONY: demo test check lint types arm long bench coverage clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/pip: 
@@ -30,7 +30,11 @@ demo: $(VENV)/dev  ## train a small CNN, compile it, show what it costs and what
 check: $(VENV)/dev lint types  ## the fast tier: neither torch nor TVM is imported; at most 60 s
 	$(BIN)/python -m pytest -m "fast and not slow" -n 2 -q
 
-test: $(VENV)/dev lint types  ## all tests
+# Where the tools for it are lacking it says so, and the tests that need it skip.
+arm: $(VENV)/dev  ## the runtime of the emulated ARM device
+	-$(BIN)/python -m paring.backends.emulator_build --prepare
+
+test: $(VENV)/dev lint types arm  ## all tests
 	$(BIN)/python -m pytest -n 2 -q --durations=10
 
 lint: $(VENV)/dev
@@ -40,7 +44,7 @@ lint: $(VENV)/dev
 types: $(VENV)/dev
 	$(BIN)/python -m paring.bench.typecheck
 
-long: $(VENV)/dev  ## the long tiers, by command
+long: $(VENV)/dev arm  ## the long tiers, by command
 	$(BIN)/python -m pytest -m "slow or not slow" -n 2 -q --graphs 100000
 
 bench: $(VENV)/bench  ## the benchmark tables of the README

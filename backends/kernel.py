@@ -139,7 +139,7 @@ class Kernel:
 
     def finish(self, index: Index) -> None:
         """Compute the region's result where an anchor's index ends up, from whatever anchors are bound, and write it."""
-        if isinstance(self.output.op, Transpose) and self.output.inputs[0] in self.anchors:
+        if isinstance(self.output.op, Transpose) and self.anchors:
             index = tuple(index[d] for d in self.output.op.perm)
         self.store_output(index, self.value(self.output, index))
 

@@ -11,6 +11,7 @@ from paring.backends.kernel import Value
 from paring.backends.vecmath import MAGIC, MAGIC_BITS, bind, cast, fma, full, reinterpret
 from paring.ir.op import Op
 from paring.ir.ops import quantized
+from paring.ir.ops.attention import IntegerAttention
 
 
 def _settle(op: Any, t: Value) -> Value:
@@ -48,6 +49,21 @@ def _requantize(op: quantized.Requantize, x: Value, multiplier: Value, bias: Val
     for r in residual:
         t = fma(_steps(r, op.residual_zero), full(t, op.residual_scale), bind(t))
     return _settle(op, t)
+
+
+def weight_place(op: IntegerAttention, below: Value) -> Value:
+    """Where the table of an attention has the weight of a key whose score is that much below the greatest one, int32."""
+    t = cast(below, "float32")
+    t = bind(t * full(t, op.steps))
+    t = bind(tirx.Select(t < full(t, 255.0), t, full(t, 255.0)))
+    bits = reinterpret(fma(t, full(t, 1.0), full(t, MAGIC)), "int32")
+    return bits - full(bits, MAGIC_BITS)
+
+
+def weight_share(op: IntegerAttention, total: Value) -> Value:
+    """What the sum of weighted values is multiplied by, float32, given the sum of the weights."""
+    total = cast(tirx.max(total, full(total, 1)), "float32")
+    return bind(full(total, op.scale) / total)
 
 
 def _quantized_mul(op: quantized.QuantizedMul, x: Value, y: Value) -> Value:

@@ -27,11 +27,15 @@ from paring.ir.liveness import root
 from paring.ir.op import Array
 from paring.ir.ops.core import Input
 from paring.ir.types import TensorType
+from paring.ir.work import integer_macs
 
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One kernel call of a network: `bytes` counts operands read and result written once, `ns` is the median."""
+    """One kernel call of a network: `bytes` counts operands read and result written once, `ns` is the median.
+
+    `integer_macs`: those of its multiply-adds that are of 8-bit integers.
+    """
 
     name: str
     kind: str
@@ -39,6 +43,7 @@ class KernelTime:
     macs: int
     bytes: int
     ns: float
+    integer_macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,7 @@ class Executable(Network):
         moved = node.type.bytes + sum(operand.type.bytes for operand in operands)
         macs = node.macs
         kind = getattr(node.op, "kind", node.op.name)
-        return KernelTime(kernel_name(step, self.built.target), kind, node.loc, macs, moved, ns)
+        return KernelTime(kernel_name(step, self.built.target), kind, node.loc, macs, moved, ns, integer_macs(node))
 
     def _steps(self, inputs: Sequence[Array]) -> Iterator[tuple[Step, list[Any], Callable[[], Any]]]:
         """Each step with its tensors (operands, then the result) in an arena of its own, and the call of its kernel."""

@@ -18,6 +18,7 @@ class Target:
     `elf_machine`: what the ELF header of its libraries says. `lanes`: float32 elements of a vector register. `registers`:
     vector registers. `l1`, `l2`: data caches of one core, bytes. `block`: channels of a blocked layout. `dot`: the
     instructions that sum products of bytes, a name in `schedules/dot.py`, and `group` the channels that they take at a time.
+    `tables`: those that look bytes up in registers, a name in `tables.py`.
     `needs`: CPU flags that the running host must have. `device`: "host" where this machine runs its code, "" where a device
     must be given. `linker`: the cross compiler, with the Debian package that has it; empty for the host's own.
     """
@@ -32,6 +33,7 @@ class Target:
     block: int
     dot: str = ""
     group: int = 1
+    tables: str = ""
     features: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     l1: int = 32 * 1024
@@ -70,6 +72,7 @@ _AVX512 = Target(
     block=16,
     dot="madd",
     group=4,
+    tables="vpermi2d",
     features=("-prefer-256-bit",),
     needs=("avx512f", "avx512dq", "avx512bw", "avx512vl"),
     l2=1024 * 1024,
@@ -86,6 +89,7 @@ _ARM64 = Target(
     block=8,
     dot="sdot",
     group=4,
+    tables="tbl",
     l1=64 * 1024,
     needs=("asimddp", "asimdhp", "atomics"),
     device="",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paring.ir.graph import Node
-from paring.ir.ops import binary, linear, reduce, shape, unary
+from paring.ir.ops import attention, binary, linear, reduce, shape, unary
 from paring.passes.base import Pass
 from paring.passes.contract import Close, Exact
 from paring.passes.pattern import Match, Pattern, Rule, any_, op
@@ -226,6 +226,13 @@ def x_times_sigmoid(m: Match) -> Node | None:
     return m.make(unary.Silu(), m["x"])
 
 
+def drop_mask(m: Match) -> Node | None:
+    """attention(q, k, v, true) -> attention(q, k, v)"""
+    q, k, v, *mask = m.root.inputs
+    keeps_all = mask and mask[0].type.dtype == "bool" and splat_value(mask[0]) == 1.0
+    return m.make(m.root.op, q, k, v) if keeps_all else None
+
+
 def matmul_to_linear(m: Match) -> Node | None:
     """matmul(x, w), w a constant matrix, batched by broadcasting or not -> linear(x, transpose(w))"""
     y = m["y"]
@@ -277,6 +284,7 @@ RULES: tuple[Rule, ...] = (
     Rule(op(binary.Div, X, _is(1.0)), divided_by_one, Exact()),
     Rule(op(binary.Sub, X, _is(0.0)), minus_zero, Exact()),
     Rule(op(binary.Mul, X, op(unary.Sigmoid, X), commutes=True), x_times_sigmoid, Close(2)),
+    Rule(op(attention.ScaledDotProductAttention), drop_mask, Exact()),
     Rule(op(linear.Matmul, X, any_("y", _rooted_in_constant)), matmul_to_linear, Exact()),
 )
 

@@ -12,9 +12,10 @@ from paring.ir.interpreter import evaluate
 from paring.ir.op import Op
 from paring.ir.ops import index, pool, quantized, reduce, shape
 from paring.ir.ops.quantized import limits
+from paring.passes.affine import is_number
 from paring.passes.contract import Exact
 from paring.passes.pattern import Match, Rule, any_, op
-from paring.passes.qdq import is_dequantize, is_number, quantized_of
+from paring.passes.qdq import is_dequantize, quantized_of
 from paring.passes.util import const_value, constant, is_const
 
 # Each element of the result is one of the operand's, and the order of integers is that of what they stand for.

@@ -9,21 +9,10 @@ import numpy as np
 from paring.ir.graph import Node
 from paring.ir.ops import binary, quantized, unary
 from paring.ir.ops.quantized import narrowed
+from paring.passes.affine import Affine, affine_of, is_number
 from paring.passes.contract import Exact, Steps
 from paring.passes.pattern import Match, Rule, any_, op
-from paring.passes.qdq import (
-    MANY_STEPS,
-    Affine,
-    Quantized,
-    affine_of,
-    is_dequantize,
-    is_number,
-    ordinary,
-    quantized_of,
-    rounding_of,
-    spread,
-    steps_per_unit,
-)
+from paring.passes.qdq import MANY_STEPS, Quantized, is_dequantize, ordinary, quantized_of, rounding_of, spread, steps_per_unit
 
 TOO_FINE = "its constants are too many, or too large for the steps of the result"
 
@@ -44,7 +33,11 @@ def narrow_range(m: Match) -> Node | None:
 
 
 def quantize_affine(m: Match) -> Node | None:
-    """quantize(x * c + d), x integers, c and d constant -> requantize(x, c / s, d / s)"""
+    """quantize(x * c + d), x integers, c and d constant -> requantize(x, c / s, d / s)
+
+    x may be a concat of integers with different scales, moved too: c and d are those of each element's own part. So the parts
+    are rounded once, to the scale of the result: a scale that the parts share would round them once more and save no kernel.
+    """
     x = affine_of(m["x"])
     return None if x is None else _requantized(m, x.times(np.asarray(steps_per_unit(m.root))), None)
 

@@ -13,9 +13,10 @@ from paring.ir.ops import ELEMENTWISE, quantized, shape, unary
 from paring.ir.ops.core import Input
 from paring.ir.ops.quantized import limits, narrowed
 from paring.ir.types import BYTES
+from paring.passes.affine import affine_of
 from paring.passes.contract import Exact
 from paring.passes.pattern import Match, Rule, any_, op
-from paring.passes.qdq import affine_of, is_dequantize, quantized_of, spread, steps_per_unit
+from paring.passes.qdq import is_dequantize, quantized_of, spread, steps_per_unit
 from paring.passes.util import constant, is_const, splat_value
 
 LONGEST = 64

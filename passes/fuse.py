@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Op
-from paring.ir.ops import ELEMENTWISE, attention, conv, index, linear, norm, pool, reduce, scan, shape
+from paring.ir.ops import ELEMENTWISE, POINTWISE, attention, conv, index, linear, norm, pool, reduce, scan, shape, unary
 from paring.ir.ops.core import Const, Input, Region
+from paring.ir.types import BYTES
 from paring.passes.base import Pass
 from paring.passes.rewriter import Context
 
@@ -32,9 +33,9 @@ LIGHT: tuple[type[Op], ...] = (
 # Anchors without an elementwise prologue: windows overlap, or the operands are copied whole.
 ALONE: tuple[type[Op], ...] = (pool.Pool2d, pool.AdaptiveAvgPool2d)
 # Operands of these may be read through movements, so that splitting and merging heads costs nothing.
-THROUGH_MOVES: tuple[type[Op], ...] = (attention.ScaledDotProductAttention,)
+THROUGH_MOVES: tuple[type[Op], ...] = (attention.ScaledDotProductAttention, attention.IntegerAttention)
 # Kernels that can write their result transposed.
-WRITES_TRANSPOSED: tuple[type[Op], ...] = (attention.ScaledDotProductAttention,)
+WRITES_TRANSPOSED = THROUGH_MOVES
 ANCHORS = (*HEAVY, *LIGHT, *ALONE, *THROUGH_MOVES)
 
 # Past this many nodes a kernel's registers spill, and the expression trees grow deep.
@@ -101,7 +102,7 @@ class Fuse(Pass):
             return "a concat copies its operands"
         if isinstance(node.op, ANCHORS):
             return _refuses_anchor(group, node)
-        if not isinstance(node.op, (*ELEMENTWISE, *MOVEMENT, shape.Broadcast)):
+        if not isinstance(node.op, (*POINTWISE, *MOVEMENT, shape.Broadcast)):
             return f"{node.op.name} is a kernel of its own"
         if group.anchor is not None and _reaches(group, node, readers):
             return _refuses_prologue(group.anchor, node, readers)
@@ -131,14 +132,18 @@ def _refuses_prologue(anchor: Node, node: Node, readers: list[Node]) -> str:
 
 
 def _refuses_recomputing(node: Node, readers: list[Node]) -> str:
-    if isinstance(node.op, ELEMENTWISE) and any(_expands(reader) for reader in readers):
+    if isinstance(node.op, POINTWISE) and any(_expands(reader) for reader in readers):
         return "a broadcast would compute it again for each copy"
     return ""
 
 
 def _all_inline(node: Node, readers: list[Node], groups: Mapping[Node, _Group]) -> bool:
-    """Whether every reader of a broadcast repeats the operand itself: then each region has a copy of the node, at no cost."""
-    if not isinstance(node.op, shape.Broadcast):
+    """Whether every reader computes the node itself: then each region has a copy of it, at no cost.
+
+    A broadcast is repeated, and bytes are widened, where they are read: less is moved than by way of memory.
+    """
+    widens = isinstance(node.op, unary.Cast) and node.inputs[0].type.dtype in BYTES
+    if not (widens or isinstance(node.op, shape.Broadcast)):
         return False
     return all(reader in groups and _inlines(groups[reader], reader) for reader in readers)
 
@@ -158,13 +163,15 @@ def _refuses_anchor(group: _Group, node: Node) -> str:
     """Why an anchor may not become that of a group of nodes behind it: they are elementwise, or transpose its result."""
     if group.anchor is not None:
         return "the region has an anchor already"
-    others = (*ELEMENTWISE, shape.Broadcast)
+    others = (*POINTWISE, shape.Broadcast)
     moved = [n for n in group.nodes if not isinstance(n.op, others)]
     if moved == [group.root] and isinstance(group.root.op, shape.Transpose) and isinstance(node.op, WRITES_TRANSPOSED):
-        return "" if group.root.inputs == (node,) else "its result is not transposed at once"
-    if moved:
+        (written,) = group.root.inputs
+    elif moved:
         return f"its result would be read through a {moved[0].op.name}"
-    if node.type.shape != group.root.type.shape or any(_expands(n) and node in n.inputs for n in group.nodes):
+    else:
+        written = group.root
+    if node.type.shape != written.type.shape or any(_expands(n) and node in n.inputs for n in group.nodes):
         return "its result is broadcast"
     return ""
 
@@ -212,8 +219,8 @@ def _rebuild(graph: Graph, groups: dict[Node, _Group]) -> Graph:
 class _Body:
     """A region's body in the making.
 
-    Constants of one element and broadcasts that belong to no region have a copy inside; all else from outside becomes an
-    operand.
+    Constants of one element and what belongs to no region, but is computed by each reader, have a copy inside; all else from
+    outside becomes an operand.
     """
 
     def __init__(self, group: _Group, groups: Mapping[Node, _Group]) -> None:
@@ -231,7 +238,7 @@ class _Body:
 
     def _value(self, node: Node) -> Node:
         if node not in self.inside:
-            if isinstance(node.op, shape.Broadcast) and node not in self.groups:
+            if computes(node) and node not in self.groups:
                 self.inside[node] = Node(node.op, [self._value(operand) for operand in node.inputs], node.loc)
             elif isinstance(node.op, Const) and node.op.value.size == 1:
                 self.inside[node] = node

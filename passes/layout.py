@@ -16,7 +16,7 @@ from paring.ir.ops.pack import PackConvWeight
 from paring.passes.base import Pass
 from paring.passes.rewriter import Context
 
-LARGEST_BLOCK = 1024
+SMALLEST_BLOCK, LARGEST_BLOCK = 4, 1024
 # Lanes of padding hold anything, and an integer divided by it would trap.
 _TRAPS: tuple[type[Op], ...] = (binary.FloorDiv, binary.Remainder)
 
@@ -134,9 +134,7 @@ def _conv(w: _Walker, node: Node) -> Node | None:
     # Groups as wide as their results, of which a block holds several: depthwise ones, for instance.
     narrow = op.groups > 1 and channels == out and per_group < block and block % per_group == 0
     if op.groups > 1 and not narrow and not whole_groups:
-        return w.decline(
-            node, f"groups of {per_group} to {out // op.groups} channels neither fill blocks of {block} nor share them out"
-        )
+        return _conv_in_half_blocks(w, node)
     integer = weight.type.dtype == "int8" and not narrow
     if integer and w.group == 1:
         return w.decline(node, "the target has no products of bytes")
@@ -159,6 +157,25 @@ def _conv(w: _Walker, node: Node) -> Node | None:
     new = dataclasses.replace(new, in_channels=in_channels, out_channels=out_channels)
     packed = Node(PackConvWeight(weight_layout), (w.plain(weight),), weight.loc)
     return Node(new, (source, packed, *(_padded(w.plain(b), block) for b in bias)), node.loc)
+
+
+def _conv_in_half_blocks(w: _Walker, node: Node) -> Node | None:
+    """Groups of 24 channels, for instance, fill blocks of 8 where those of the rest are 16."""
+    x, weight, *bias = node.inputs
+    assert isinstance(node.op, conv.Conv2d)
+    half, groups = w.block // 2, node.op.groups
+    sizes = weight.type.shape[1], weight.type.shape[0] // groups
+    if half < SMALLEST_BLOCK or not x.type.is_float or any(size % half for size in sizes):
+        return w.decline(
+            node, f"groups of {sizes[0]} to {sizes[1]} channels neither fill blocks of {w.block} or {half} nor share them out"
+        )
+    layout, weight_layout = f"NCHW{half}c", f"OIHW{half}i{half}o"
+    into = shape.LayoutTransform(w.layout if w.is_blocked(x) else "NCHW", layout, x.type.shape[1])
+    source = Node(into, (w.blocked_of[x] if w.is_blocked(x) else w.plain(x),), node.loc)
+    packed = Node(PackConvWeight(weight_layout), (w.plain(weight),), weight.loc)
+    new = dataclasses.replace(node.op, layout=layout, out_layout=layout, weight_layout=weight_layout)
+    result = Node(new, (source, packed, *map(w.plain, bias)), node.loc)
+    return Node(shape.LayoutTransform(layout, w.layout, node.type.shape[1]), (result,), node.loc)
 
 
 def _padded(bias: Node, block: int) -> Node:

@@ -10,6 +10,7 @@ from typing import Any
 from paring.ir.graph import Graph
 from paring.ir.liveness import peak_activation_bytes
 from paring.ir.ops.core import Const, Region
+from paring.ir.work import integer_macs, integers_line, saved_bytes
 from paring.passes.contract import Contract, compose, parse_contract
 
 # How many layers of the lowest SQNR the text shows; the entry has all.
@@ -18,26 +19,33 @@ SHOWN_LAYERS = 5
 
 @dataclass(frozen=True)
 class Size:
-    """A program in figures."""
+    """A program in figures. `integer_macs`: those on 8 bits; `saved_bytes`: what 8-bit weights take less than in float32."""
 
     nodes: int
     macs: int
     parameter_bytes: int
     peak_activation_bytes: int
+    integer_macs: int = 0
+    saved_bytes: int = 0
+
+    @property
+    def integer_share(self) -> float:
+        return self.integer_macs / self.macs if self.macs else 0.0
 
 
 def measure(graph: Graph) -> Size:
     """Count a graph; a region counts as its body."""
-    nodes = macs = 0
+    nodes = macs = on_integers = 0
     digests: dict[str, int] = {}
     for node in graph.nodes():
         macs += node.macs
+        on_integers += integer_macs(node)
         members = node.op.body.nodes() if isinstance(node.op, Region) else [node]
         nodes += sum(not isinstance(m.op, Const) and bool(m.inputs) for m in members)
         for member in members:
             if isinstance(member.op, Const):
                 digests[member.op.digest] = member.type.bytes
-    return Size(nodes, macs, sum(digests.values()), peak_activation_bytes(graph))
+    return Size(nodes, macs, sum(digests.values()), peak_activation_bytes(graph), on_integers, saved_bytes(graph))
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,17 @@ class Ledger:
     def seconds(self) -> float:
         return sum(e.seconds for e in self.entries)
 
+    @property
+    def sqnr(self) -> dict[str, float]:
+        """Signal to quantization noise (dB) of each quantized layer by name, by the last pass that looked at it."""
+        return {name: ratio for entry in self.entries for name, ratio in entry.sqnr.items()}
+
+    @property
+    def on_integers(self) -> str:
+        """A line about 8 bits in the program that came out; empty where it has none."""
+        last = self.entries[-1].after if self.entries else Size(0, 0, 0, 0)
+        return integers_line(last.integer_share, last.saved_bytes)
+
     def as_json(self, *, times: bool = True) -> dict[str, object]:
         """As plain data; without times it is the same for the same program."""
         entries = [e.as_json() for e in self.entries]
@@ -120,5 +139,6 @@ class Ledger:
             )
         for e in self.entries:
             lines.extend(f"{e.step:>3} {line}" for line in e.remarks())
+        lines += [self.on_integers] if self.on_integers else []
         lines.append(f"in all: {self.contract}, {self.seconds * 1e3:.0f} ms")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the rules of fold-qdq share: quantized values, constant weights, and what is a constant times integers plus a constant."""
+"""What the rules of fold-qdq share: quantized values, constant weights, float constants."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from paring.ir.graph import Node
 from paring.ir.op import Array
-from paring.ir.ops import binary, pool, quantized, shape, unary
+from paring.ir.ops import quantized, shape
 from paring.ir.ops.quantized import limits
 from paring.ir.types import BYTES, TensorType
 from paring.passes.pattern import Match
@@ -19,7 +19,6 @@ INT32 = 2**31 - 1
 FLOAT32 = np.finfo(np.float32)
 # Past this many steps a float32 may be off by a good part of one, and two ways to round by more than one.
 MANY_STEPS = 2.0**20
-DEEP = 16
 
 
 @dataclass(frozen=True)
@@ -129,103 +128,3 @@ def ordinary(*values: Array) -> bool:
     """Whether all values have the full precision of a float32, or are zero."""
     sizes = [np.abs(value) for value in values]
     return all(bool((((FLOAT32.tiny <= s) & (s <= FLOAT32.max)) | (s == 0)).all()) for s in sizes)
-
-
-@dataclass(frozen=True)
-class Affine:
-    """x * factor + shift: integers with float64 constants that broadcast to them; `peak` bounds |shift| on the way."""
-
-    x: Node
-    factor: Array
-    shift: Array
-    peak: float
-
-    def times(self, c: Array) -> Affine:
-        return Affine(self.x, self.factor * c, self.shift * c, self.peak * _size(c))
-
-    def plus(self, c: Array) -> Affine:
-        shift = self.shift + c
-        return Affine(self.x, self.factor, shift, max(self.peak, _size(c), _size(shift)))
-
-    @property
-    def is_small(self) -> bool:
-        """Whether the constants are no larger than the integers, and precise in float32."""
-        return max(self.factor.size, self.shift.size) <= self.x.type.size and ordinary(self.factor)
-
-
-def affine_of(node: Node, depth: int = DEEP) -> Affine | None:
-    """Integers, times a constant, plus a constant; None for anything else."""
-    match node.op:
-        case quantized.Dequantize(scale=scale, zero_point=zero) if not is_const(node.inputs[0]):
-            shift = np.float64(-zero * scale)
-            return Affine(node.inputs[0], np.asarray(np.float64(scale)), np.asarray(shift), abs(float(shift)))
-        case quantized.Descale():
-            factor, shift = (float_constant(operand) for operand in node.inputs[1:])
-            if factor is None or shift is None:
-                return None
-            return Affine(node.inputs[0], factor.astype(np.float64), shift.astype(np.float64), _size(shift))
-        case unary.Neg() if depth:
-            inner = affine_of(node.inputs[0], depth - 1)
-            return inner and inner.times(np.asarray(-1.0))
-        case binary.Mul() | binary.Div() | binary.Add() | binary.Sub() if depth:
-            return _combined(node, depth)
-    return None
-
-
-def _combined(node: Node, depth: int) -> Affine | None:
-    """Of an arithmetic node with a constant on one side."""
-    x, c = node.inputs
-    turned = float_constant(c) is None
-    value = float_constant(x if turned else c)
-    inner = None if value is None else affine_of(c if turned else x, depth - 1)
-    if inner is None or value is None or not np.isfinite(value).all() or value.ndim > inner.x.type.rank:
-        return None
-    value = value.astype(np.float64)
-    match node.op:
-        case binary.Mul():
-            return inner.times(value)
-        case binary.Div():
-            return None if turned or not value.all() else inner.times(1 / value)
-        case binary.Add():
-            return inner.plus(value)
-    return inner.times(np.asarray(-1.0)).plus(value) if turned else inner.plus(-value)
-
-
-def _size(value: Array) -> float:
-    return float(np.abs(value).max(initial=0.0))
-
-
-# --- bounds ---------------------------------------------------------------------------------------------------------
-
-
-def is_number(node: Node) -> bool:
-    """Whether no element of a float32 tensor can be NaN, because it is made of integers and finite constants."""
-    return _greatest(node, DEEP) <= float(FLOAT32.max)
-
-
-def _greatest(node: Node, depth: int) -> float:
-    """A bound of |value|; infinite where it is not known."""
-    if depth == 0:
-        return math.inf
-    match node.op:
-        case quantized.Dequantize(scale=scale):
-            found = quantized_of(node)
-            return (found.reach if found else INT32 + 1) * scale
-        case quantized.Descale():
-            affine = affine_of(node)
-            if affine is None:
-                return math.inf
-            largest = max(map(abs, limits(node.inputs[0].type.dtype)))
-            bound = largest * _size(affine.factor) + affine.peak
-            return bound if math.isfinite(bound) else math.inf
-        case binary.Add() | binary.Sub():
-            return sum(_greatest(operand, depth - 1) for operand in node.inputs)
-        case binary.Mul():
-            # Zero times an unknown bound is unknown, not NaN.
-            sizes = [_greatest(operand, depth - 1) for operand in node.inputs]
-            return math.inf if math.inf in sizes else math.prod(sizes)
-        case unary.Relu() | shape.Movement() | pool.MaxPool2d():
-            if not isinstance(node.op, shape.Pad):
-                return max(_greatest(operand, depth - 1) for operand in node.inputs)
-    value = float_constant(node)
-    return math.inf if value is None or not np.isfinite(value).all() else _size(value)

@@ -286,6 +286,12 @@ def spell_out_attention(b: Builder) -> Node:
     return b.node(attention.ScaledDotProductAttention(0.5 if b.chance(0.5) else None), q, k, v, *mask)
 
 
+def drop_mask(b: Builder) -> Node:
+    q, k, v = b.input(1, 2, 3, 4), b.input(1, 2, 5, 4), b.input(1, 2, 5, 3)
+    mask = b.node(shape.Broadcast((1, 2, 3, 5)), b.const(np.array(True)))
+    return b.node(attention.ScaledDotProductAttention(causal=b.chance(0.5)), q, k, v, mask)
+
+
 def fold_packing(b: Builder) -> Node:
     out, per_group, kernel = b.choose(3, 4, 6), b.choose(1, 4, 5), b.choose(1, 2)
     kind = b.choose(0, 1, 2)
@@ -358,6 +364,7 @@ PLANTERS: dict[str, tuple[Plant, ...]] = {
     "transposed-conv-to-conv": (transposed_conv_to_conv,),
     "spell-out-pixel-shuffle": (spell_out_pixel_shuffle,),
     "spell-out-attention": (spell_out_attention,),
+    "drop-mask": (drop_mask,),
     "fold-packing": (fold_packing,),
     "pack-linear": (pack_linear,),
     "gate-to-weights": (_gate_to_weights(False), _gate_to_weights(True)),
@@ -433,6 +440,11 @@ def blocked_shift(b: Builder) -> Node:
 def depthwise(b: Builder) -> Node:
     x = b.layer(b.image(), b.choose(1, 3, 8), 1)
     return b.layer(x, x.type.shape[1], 3, groups=x.type.shape[1], stride=b.choose(1, 2))
+
+
+def uneven_groups(b: Builder) -> Node:
+    x = b.layer(b.image(), 24, 1)
+    return b.layer(x, 24, b.choose(1, 3), groups=2)
 
 
 def narrow_groups(b: Builder) -> Node:

@@ -115,8 +115,26 @@ def narrow_range(b: Builder) -> Node:
     return quantize(b, Node(ops[b.choose(0, 0, 1, 2, 3, 4)], (x,)))
 
 
+def joined(b: Builder) -> Node:
+    """Parts with scales and zero points of their own, moved as a shuffle of channels moves them."""
+    (n, _, h, w), size, dtype = _image(b), b.choose(1, 2), ("uint8", "int8")[b.choose(0, 1)]
+    parts = [Node(quantized.Dequantize(scale(b), b.choose(0, 3, 100)), (steps(b, n, size, h, w, dtype=dtype),)) for _ in range(2)]
+    if b.chance(0.3):
+        parts[0] = sums(b, n, size, h, w) if b.chance(0.5) else real(b, n, size, h, w)
+    if b.chance(0.3):
+        parts[0] = Node(shape.Concat(1), (parts[0], Node(quantized.Dequantize(0.5), (steps(b, n, 2 * size, h, w, dtype=dtype),))))
+    y = Node(shape.Concat(1), parts)
+    c = y.type.shape[1]
+    if b.chance(0.6):
+        split = Node(shape.Reshape((n, 2, c // 2, h, w)), (y,))
+        y = Node(shape.Reshape((n, c, h, w)), (Node(shape.Transpose((0, 2, 1, 3, 4)), (split,)),))
+    if b.chance(0.5):
+        y = Node(shape.Slice((0, c // 2, 0, 1), (n, c, h, w), (1, 1, 2, 1)), (y,))
+    return y
+
+
 def quantize_affine(b: Builder) -> Node:
-    x = sums(b, *_image(b))
+    x = joined(b) if b.chance(0.4) else sums(b, *_image(b))
     if b.chance(0.3):
         x = Node(unary.Neg(), (x,))
     if b.chance(0.6):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -13,6 +13,7 @@ from paring.ir import Const, Graph, Input, Node, Op, interpret
 from paring.ir.errors import IRTypeError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, pool, quantized, reduce, shape, unary
+from paring.ir.ops.attention import IntegerAttention
 
 TABLES: tuple[Op, ...] = (unary.HardSwish(), unary.Gelu(), unary.Silu(), unary.Tanh(), unary.Abs(), unary.LeakyRelu(0.1))
 
@@ -129,7 +130,9 @@ def pooling(b: Quantizing) -> Node:
 def moving(b: Quantizing) -> Node:
     x = b.image()
     n, c, h, w = x.type.shape
-    kind = b.choose(0, 1, 2, 3)
+    kind = b.choose(0, 1, 2, 3, 4)
+    if kind == 4:
+        return shuffled(b, x, b.rounded(b.node(unary.Relu(), b.node(unary.Neg(), x))))
     if kind == 0:
         return b.node(shape.Concat(1), x, b.rounded(b.node(unary.Neg(), x)) if b.chance(0.5) else x)
     if kind == 1:
@@ -137,6 +140,15 @@ def moving(b: Quantizing) -> Node:
     if kind == 2:
         return b.node(shape.Pad(((0, 0), (0, 0), (1, 0), (0, 2))), x)
     return b.node(shape.Transpose((0, 1, 3, 2)), x)
+
+
+def shuffled(b: Quantizing, x: Node, y: Node) -> Node:
+    """Half of the channels of two images with scales of their own, in turns."""
+    n, c, h, w = x.type.shape
+    pairs = b.node(shape.Transpose((0, 2, 1, 3, 4)), b.node(shape.Reshape((n, 2, c, h, w)), b.node(shape.Concat(1), x, y)))
+    both = b.node(shape.Reshape((n, 2 * c, h, w)), pairs)
+    first = b.choose(0, c)
+    return b.node(shape.Slice((0, first, 0, 0), (n, first + c, h, w), (1, 1, 1, 1)), both)
 
 
 def attention(b: Quantizing) -> Node:
@@ -153,10 +165,24 @@ def attention(b: Quantizing) -> Node:
     return b.node(shape.Reshape((n, c, h, w)), b.node(shape.Transpose((0, 2, 1)), mixed))
 
 
+def heads(b: Quantizing) -> Node:
+    x = b.image()
+    n, c, h, w = x.type.shape
+    tokens = b.node(shape.Reshape((n, c, 1, h * w)), x)
+    split = b.node(shape.Transpose((0, 2, 3, 1)), tokens)
+    q, k, v = (b.rounded(y).inputs[0] for y in (split, b.node(unary.Tanh(), split) if b.chance(0.5) else split, split))
+    zeros = [y.op.zero_point for y in (q, v) if isinstance(y.op, quantized.Quantize)]
+    table = b.const(np.rint(255 * np.exp(-np.arange(256) / b.rng.uniform(30, 60))).astype(np.uint8))
+    op = IntegerAttention(*zeros, f32(b.rng.uniform(0.1, 1) / c**0.5 / 100), f32(0.02), b.chance(0.3))
+    mixed = b.node(op, q, k, v, table)
+    return b.node(shape.Reshape((n, c, h, w)), b.node(shape.Transpose((0, 3, 1, 2)), mixed))
+
+
 STEPS: tuple[tuple[Callable[[Quantizing], Node], float], ...] = (
     *((step, 3.0) for step in (layer, residual)),
     *((step, 1.0) for step in (gate, table, pooling, moving)),
     (attention, 0.5),
+    (heads, 0.5),
 )
 
 
@@ -176,3 +202,16 @@ def quantized_graph(rng: np.random.Generator, size: int = 6) -> tuple[Graph, Arr
         flat = b.node(shape.Reshape((last.type.shape[0], prod(last.type.shape[1:]))), last)
         last = b.node(linear.Linear(), flat, b.weight(5, flat.type.shape[1]), *b.bias(5))
     return Graph((b.x,), (last, b.images[int(rng.integers(len(b.images)))])), b.given
+
+
+def together(graphs: Sequence[Graph]) -> Graph:
+    """One graph of many: their inputs and outputs one after the other, so that one library has them all."""
+    new: dict[Node, Node] = {}
+    for graph in graphs:
+        for node in graph.nodes():
+            if isinstance(node.op, Input):
+                new[node] = Node(Input(f"x{len(new)}", node.type.dtype, node.type.shape))
+            else:
+                new[node] = node.with_inputs(tuple(new[i] for i in node.inputs))
+    inputs = tuple(new[n] for graph in graphs for n in graph.inputs)
+    return Graph(inputs, tuple(new[n] for graph in graphs for n in graph.outputs))

@@ -50,11 +50,14 @@ def points(net: object, seed: int) -> float:
     return 100 * float((found.argmax(1) == labels).float().mean())
 
 
-def quantized(model: nn.Module, seed: int, passes: str) -> float:
+def compiled(model: nn.Module, seed: int, passes: str) -> paring.Network:
     images = digits(seed)[0]
     batches = list(images[: BATCH * BATCHES].split(BATCH))
-    net = paring.compile(model, (images[:BATCH],), target="reference", passes=passes, calibration=batches)
-    return points(net, seed)
+    return paring.compile(model, (images[:BATCH],), target="reference", passes=passes, calibration=batches)
+
+
+def quantized(model: nn.Module, seed: int, passes: str) -> float:
+    return points(compiled(model, seed, passes), seed)
 
 
 def hostile(model: nn.Module, seed: int) -> nn.Module:
@@ -91,12 +94,27 @@ def test_equalize_saves_a_hostile_network() -> None:
         assert right - quantized(bad, seed, "equalize, quantize") <= HOSTILE_POINTS_LOST
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_adaround_beats_rounding_to_nearest(bits: int) -> None:
-    """Over all seeds together: at 4 bits most networks lose little."""
+def noise(net: object, model: nn.Module, seed: int) -> float:
+    """How far the logits are from the float ones, over their size, on the images that were not trained on."""
+    images = digits(seed)[2]
+    with torch.no_grad():
+        found, right = (torch.cat([called(part) for part in images.split(BATCH)]) for called in (net, model))  # type: ignore[operator]
+    return float((found - right).norm() / right.norm())
+
+
+def test_adaround_beats_rounding_to_nearest_at_4_bits_in_noise() -> None:
+    """On each seed. Accuracy differs by a few of 360 images there: less than how a network was trained makes."""
+    for seed in SEEDS:
+        model = trained("mobilenet", seed)
+        nearest, best = (compiled(model, seed, f"quantize{{bits=4}}{after}") for after in ("", ", adaround"))
+        assert noise(best, model, seed) < noise(nearest, model, seed), f"seed {seed}"
+
+
+def test_adaround_beats_rounding_to_nearest_at_3_bits_in_accuracy() -> None:
+    """Over all seeds together."""
     nearest, best = 0.0, 0.0
     for seed in SEEDS:
         model = trained("mobilenet", seed)
-        nearest += quantized(model, seed, f"quantize{{bits={bits}}}")
-        best += quantized(model, seed, f"quantize{{bits={bits}}}, adaround")
+        nearest += quantized(model, seed, "quantize{bits=3}")
+        best += quantized(model, seed, "quantize{bits=3}, adaround")
     assert best > nearest

@@ -171,3 +171,38 @@ def test_the_ledger_is_saved_with_the_network(tmp_path: Path) -> None:
     kept = {e.name: e.sqnr for e in again.ledger.entries}
     assert kept == {e.name: e.sqnr for e in net.ledger.entries}
     assert kept["quantize"]
+
+
+def test_ledger_and_profile_say_what_8_bits_do(tmp_path: Path) -> None:
+    model, (x,) = small_resnet()
+    net = paring.compile(model, (x,), target="native", passes="quantize{skip='stages.1'}", calibration=images())
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)}
+    quantized = {name: module for name, module in layers.items() if not name.startswith("stages.1")}
+    assert quantized.keys() <= net.ledger.sqnr.keys()
+    net.save(tmp_path / "net.paring")
+    for each in (net, paring.load(tmp_path / "net.paring")):
+        profile = each.profile(x, repeats=1)
+        rows = {row.kernel.loc.module: row for row in profile.rows if row.kernel.macs and row.kernel.loc}
+        assert {name: row.sqnr for name, row in rows.items() if row.sqnr is not None} == {
+            n: net.ledger.sqnr[n] for n in quantized
+        }
+        last = each.ledger.entries[-1].after
+        assert last.macs == sum(row.kernel.macs for row in profile.rows)
+        assert 0 < profile.integer_share == last.integer_share < 1
+        # Packed weights are padded to whole blocks.
+        assert profile.saved_bytes == last.saved_bytes >= 3 * sum(m.weight.numel() for m in quantized.values())
+        assert f"{profile.integer_share:.1%} of multiply-adds on 8 bits" in str(profile)
+        assert each.ledger.on_integers in str(profile)
+        assert each.ledger.on_integers in str(each.ledger)
+        plain = profile.as_json()
+        assert (plain["integer_share"], plain["saved_bytes"]) == (profile.integer_share, profile.saved_bytes)
+        assert [row["sqnr"] for row in plain["kernels"]] == [row.sqnr for row in profile.rows]
+
+
+def test_a_float_network_is_silent_about_8_bits() -> None:
+    model, (x,) = small_resnet()
+    net = paring.compile(model, (x,), target="native")
+    profile = net.profile(x, repeats=1)
+    assert (profile.integer_share, profile.saved_bytes, net.ledger.on_integers) == (0.0, 0, "")
+    assert "SQNR" not in str(profile)
+    assert "8 bits" not in str(profile)

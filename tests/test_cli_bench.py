@@ -28,6 +28,18 @@ def test_bench_says_what_to_install_before_anything_runs(monkeypatch: pytest.Mon
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(("peers", "lacking"), [("openvino", True), ("", True), ("ort", False)])
+def test_int8_wants_the_tools_that_quantize(peers: str, lacking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paring.cli.bench.find_spec", lambda name: None if name == "nncf" else 1)
+    record = {"model": "resnet18", "system": "paring", "median_ms": 2.0, "min_ms": 1.0, "rounds": 3, "precision": "int8"}
+    monkeypatch.setattr("paring.bench.run.run_bench", lambda *a, **k: [record])
+    named = ["--peers", peers] if peers else []
+    assert Result("bench", "--models", "resnet18", *named).code == 0
+    done = Result("bench", "--models", "resnet18", "--precision", "int8", *named)
+    assert (done.code, "the benchmark needs nncf" in done.err) == (int(lacking), lacking)
+
+
+@pytest.mark.fast
 def test_bench_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[Any, ...]] = []
     record = {"model": "resnet18", "suite": "cnn", "precision": "float32", "system": "paring", "threads": 1}

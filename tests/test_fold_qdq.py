@@ -55,6 +55,12 @@ class Weights:
     def linear(self, x: Node, out: int) -> Node:
         return node(linear.Linear(), x, self.weight(out, x.type.shape[-1]), self.bias(out))
 
+    def affine(self, channels: int) -> tuple[Node, Node]:
+        """Factor and shift of a norm."""
+        values = self.rng.uniform(0.5, 1.5, channels), self.rng.standard_normal(channels) * 0.2
+        factor, shift = (constant(np.float32(value).reshape(-1, 1, 1)) for value in values)
+        return factor, shift
+
     def bias(self, out: int) -> Node:
         return constant(np.float32(self.rng.standard_normal(out)))
 
@@ -104,7 +110,43 @@ def transformer_network() -> Graph:
     return Graph((tokens,), (x,))
 
 
-NETWORKS = {"mobile": mobile_network, "transformer": transformer_network}
+def dense_network() -> Graph:
+    """Each layer reads all before it, each with its own scale, through a norm, as importers leave DenseNet; a pool in between."""
+    w = Weights(4)
+    image = node(Input("x", "float32", (1, 3, 9, 8)))
+    parts = [rounded(w.conv(rounded(image, 0.03, 128), 5, 3), 0.06, 120)]
+    for number, (step, zero) in enumerate(((0.3, 130), (0.05, 7), (0.2, 90))):
+        joined = node(shape.Concat(1), *parts) if number else parts[0]
+        factor, shift = (node(shape.Broadcast(joined.type.shape), c) for c in w.affine(joined.type.shape[1]))
+        normed = node(unary.Relu(), node(binary.Add(), node(binary.Mul(), joined, factor), shift))
+        parts.append(rounded(w.conv(rounded(normed, 0.02), 4, 3), step, zero))
+        if number == 0:
+            parts = [node(pool.AvgPool2d((2, 2), (2, 2)), part) for part in parts]
+    last = node(shape.Concat(1), *parts)
+    return Graph((image,), (w.linear(rounded(node(reduce.Mean((2, 3)), rounded(last, 0.2, 99)), 0.2, 99), 10),))
+
+
+def shuffling_network() -> Graph:
+    """Half of the channels passes by each block, as in ShuffleNet: joined with parts of other scales, shuffled, cut again."""
+    w = Weights(5)
+    image = node(Input("x", "float32", (1, 3, 8, 7)))
+    x = rounded(node(unary.Relu(), w.conv(rounded(image, 0.03, 128), 12, 3)), 0.04)
+    for step in (0.05, 0.03, 0.09):
+        left, right = (node(shape.Slice((0, a, 0, 0), (1, a + 6, 8, 7), (1,) * 4), x) for a in (0, 6))
+        right = rounded(node(unary.Relu(), w.conv(rounded(right, 0.05), 6, 3, groups=6)), step)
+        joined = node(shape.Reshape((1, 2, 6, 8, 7)), node(shape.Concat(1), left, right))
+        x = node(shape.Reshape((1, 12, 8, 7)), node(shape.Transpose((0, 2, 1, 3, 4)), joined))
+    return Graph(
+        (image,), (w.linear(rounded(node(reduce.Mean((2, 3)), rounded(w.conv(rounded(x, 0.06), 8, 1), 0.2, 9)), 0.1, 3), 10),)
+    )
+
+
+NETWORKS = {
+    "mobile": mobile_network,
+    "transformer": transformer_network,
+    "dense": dense_network,
+    "shuffling": shuffling_network,
+}
 STEPS = parse_pipeline(("decompose", *pipeline("simplify", {}), "fold-qdq", "const-fold{dequantize=True}"))
 ENDS = ("input", "const", "broadcast", "quantize", "dequantize", "descale")
 # What a softmax and a layer norm on integers round for each row.

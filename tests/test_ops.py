@@ -23,7 +23,7 @@ FRONTENDS = Path(__file__).parent.parent / "frontends"
 INTERNAL = {
     *("input", "const", "region"),
     *("layout_transform", "pack_conv_weight", "pack_linear_weight"),
-    *("descale", "requantize", "quantized_mul", "lookup"),
+    *("descale", "requantize", "quantized_mul", "lookup", "integer_attention"),
 }
 
 

@@ -28,6 +28,10 @@ from paring.passes.pipelines import parse_pipeline, pipeline
 
 F = nn.functional
 INPUTS, BATCH = 1024, 64
+# The step of the fake quantizers' results; the share of results that must be equal, where halves may fall either way.
+STEP, MOST = 0.05, 0.999
+# A few roundings of float32 each: a product by a scale, a sum, a division.
+ROUNDINGS = 8
 PASSES = parse_pipeline(
     (*pipeline("simplify", {}), "fold-bn", "decompose", "canonicalize", "fold-qdq", "const-fold{dequantize=True}")
 )
@@ -201,9 +205,9 @@ def test_a_quantized_model_gives_the_predictions_of_torchao(name: str, kind: str
         values = recorder.in_order_of(keys)
         for value, found in zip(values, interpret(layers, [x.numpy(), *values])[1:], strict=True):
             steps += np.bincount(np.abs(value.astype(int) - found.astype(int)).ravel(), minlength=256)
-    assert same >= 0.999 * INPUTS
+    assert same >= MOST * INPUTS
     assert not steps[2:].any(), "no layer is off by more than one step"
-    assert steps[1] <= 1e-4 * steps.sum()
+    assert steps[1] <= (1 - MOST) / 10 * steps.sum()
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile"])
@@ -261,7 +265,7 @@ class FakeQuantized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(6, 4)
-        self.register_buffer("scale", torch.tensor([0.05]))
+        self.register_buffer("scale", torch.tensor([STEP]))
         self.register_buffer("zero", torch.tensor([7], dtype=torch.int32))
         self.register_buffer("scales", torch.tensor([0.01, 0.02, 0.004, 0.03]))
         self.register_buffer("zeros", torch.zeros(4, dtype=torch.int32))
@@ -270,8 +274,8 @@ class FakeQuantized(nn.Module):
         x = torch.fake_quantize_per_tensor_affine(x, 0.031, 3, 0, 255)
         weight = torch.fake_quantize_per_channel_affine(self.layer.weight, self.scales, self.zeros, 0, -127, 127)
         y = torch.fake_quantize_per_tensor_affine(F.linear(x, weight, self.layer.bias), self.scale, self.zero, -128, 127)
-        z = torch.ops.aten.fake_quantize_per_tensor_affine_cachemask(y, 0.05, 7, -128, 127)[0]
-        return torch.fake_quantize_per_tensor_affine(torch.relu(z), 0.05, 3, 0, 15)
+        z = torch.ops.aten.fake_quantize_per_tensor_affine_cachemask(y, STEP, 7, -128, 127)[0]
+        return torch.fake_quantize_per_tensor_affine(torch.relu(z), STEP, 3, 0, 15)
 
 
 def test_fake_quantizers_are_pairs() -> None:
@@ -284,9 +288,10 @@ def test_fake_quantizers_are_pairs() -> None:
         wanted = model(x).numpy()
     (imported,), (got,) = (interpret(g, [x.numpy()]) for g in (graph, result.graph))
     for found in (imported, got):
-        apart = np.abs(found - wanted)
-        assert (apart < 1e-6).mean() > 0.999
-        assert apart.max() < 0.0501
+        steps = np.abs(found - wanted) / np.float32(STEP)
+        assert steps.round().max() <= 1
+        assert (steps.round() == 0).sum() >= MOST * steps.size
+        assert np.abs(steps - steps.round()).max() <= ROUNDINGS * np.finfo(np.float32).eps * 256
 
 
 def trained() -> tuple[nn.Module, torch.Tensor]:
@@ -312,7 +317,7 @@ def test_fused_observers_that_are_off_are_fake_quantizers() -> None:
     with torch.no_grad():
         wanted = model(x).numpy()
     (got,) = interpret(graph, [x.numpy()])
-    assert np.abs(got - wanted).max() < 1e-5 or (got.argmax(1) == wanted.argmax(1)).all()
+    assert np.abs(got - wanted).max() <= ROUNDINGS * np.spacing(np.abs(wanted).max())
     assert "conv2d" in floats(run_pipeline(graph, PASSES).graph), "its input is not quantized"
     assert "linear" not in floats(run_pipeline(graph, PASSES).graph)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from quantized_graphs import quantized_graph
+from quantized_graphs import quantized_graph, together
 from wrong_qdq import WRONG
 
 from paring.ir import interpret, show
@@ -20,10 +20,17 @@ from paring.passes.pattern import Rule
 from paring.passes.pipelines import parse_pipeline, pipeline
 
 fast = pytest.mark.fast
-TARGETS = ("x86-avx512", "x86-avx2")
+# With VNNI, with AVX-512 but without it, with AVX2; with the dot product and with plain NEON.
+TARGETS = ("x86-vnni", "x86-avx512", "x86-avx2")
+ARM = ("arm", "arm-neon")
+# Steps of a network that is compiled: each is some kernels, and a kernel takes as long as the interpreter on ten networks.
+COMPILED_STEPS = 3
+# One graph of so many is compiled where not all are.
+IN_CI = 8
+GRAPHS_ON_ARM = 16
 FOLD = parse_pipeline((*pipeline("simplify", {}), "decompose", "fold-qdq", "const-fold{dequantize=True}"))
 RULE = [rule.name for rule in fold_qdq.RULES].index("layer-on-integers")
-ENDS = {"input", "const", "broadcast", "quantize", "dequantize", "descale"}
+ENDS = {"input", "const", "broadcast", "quantize", "dequantize", "descale", "integer_attention"}
 # What a softmax and a layer norm on integers round for each row.
 ROWS = {"cast", "div", "sqrt", "add", "sub", "mul"}
 
@@ -38,23 +45,6 @@ def test_random_quantized_graphs_become_integers(seeds: range) -> None:
         assert not left, f"seed {seed}\n{show(folded)}"
         found = bisect(graph, FOLD, [given])
         assert found is None, f"seed {seed}: {found}"
-
-
-def compare_compiled(seed: int, target: str) -> None:
-    from paring.backends.build import build
-    from paring.backends.devices import open_executable
-    from paring.backends.targets import missing_flags, resolve
-
-    machine = resolve(target)
-    if missing_flags(machine):
-        pytest.skip(f"this host lacks {', '.join(missing_flags(machine))}")
-    graph, given = quantized_graph(np.random.default_rng((5, seed)))
-    wanted = interpret(run_pipeline(graph, FOLD).graph, [given])
-    compiled = run_pipeline(graph, pipeline(machine.pipeline, machine.pipeline_options())).graph
-    with open_executable(build(compiled, machine), machine, None) as run:
-        got = run.run([given])
-    for x, y in zip(wanted, got, strict=True):
-        assert same_bits(x, y), f"seed {seed} on {target}"
 
 
 @fast
@@ -73,14 +63,75 @@ def test_a_wrong_rewrite_is_found_in_a_random_quantized_graph() -> None:
     assert sum(f is not None and str(f.rewrite).startswith("forgets-the-zero-point") for f in found) >= 9
 
 
+def compare_compiled(seeds: Sequence[int], name: str, device: str | None = None) -> None:
+    """Networks compiled as one library, each against the interpreter on its own folded graph."""
+    from paring.backends.build import build
+    from paring.backends.devices import open_executable
+    from paring.backends.targets import resolve
+
+    machine = resolve(name)
+    made = [quantized_graph(np.random.default_rng((5, seed)), COMPILED_STEPS) for seed in seeds]
+    lowered = run_pipeline(
+        together([graph for graph, _ in made]), parse_pipeline(pipeline(machine.pipeline, machine.pipeline_options()))
+    )
+    with open_executable(build(lowered.graph, machine), machine, device) as run:
+        found = iter(run.run([given for _, given in made]))
+    wrong = []
+    for seed, (graph, given) in zip(seeds, made, strict=True):
+        wanted = interpret(run_pipeline(graph, FOLD).graph, [given])
+        same = [same_bits(array, next(found)) for array in wanted]
+        wrong += [] if all(same) else [seed]
+    assert not wrong, (
+        f"other bits on {name}: quantized_graph(np.random.default_rng((5, seed)), {COMPILED_STEPS}) of seeds {wrong}"
+    )
+
+
+def check_host(name: str) -> None:
+    from paring.backends.targets import missing_flags, resolve
+
+    if missing_flags(resolve(name)):
+        pytest.skip(f"this host lacks {', '.join(missing_flags(resolve(name)))}")
+
+
+def check_emulator() -> None:
+    from paring.backends import emulator_build
+
+    if emulator_build.missing():
+        pytest.skip(f"no emulated ARM: {', '.join(emulator_build.missing())}")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_random_quantized_graphs_have_the_same_bits_compiled(target: str, seeds: range) -> None:
-    for seed in seeds[::64]:
-        compare_compiled(seed, target)
+    """Some of each part, others for each target."""
+    check_host(target)
+    compare_compiled(seeds[TARGETS.index(target) :: IN_CI], target)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("target", TARGETS)
 def test_many_random_quantized_graphs_have_the_same_bits_compiled(target: str, seeds: range) -> None:
-    for seed in seeds:
-        compare_compiled(seed, target)
+    check_host(target)
+    compare_compiled(seeds, target)
+
+
+@pytest.mark.parametrize("target", ARM)
+def test_random_quantized_graphs_have_the_same_bits_on_emulated_arm(target: str) -> None:
+    check_emulator()
+    compare_compiled(range(ARM.index(target), GRAPHS_ON_ARM, len(ARM)), target, "emulator")
+
+
+@pytest.mark.parametrize("target", ARM)
+def test_a_quantized_network_has_the_same_bits_on_emulated_arm(target: str) -> None:
+    torch = pytest.importorskip("torch")
+    check_emulator()
+    import paring
+    from paring.bench.networks import small_mobilenet
+
+    model, (x,) = small_mobilenet()
+    torch.manual_seed(0)
+    batches = [torch.randn(x.shape) for _ in range(4)]
+    with paring.compile(model, (x,), target=target, device="emulator", passes="quantize", calibration=batches) as net:
+        assert not [n for n in net.graph.nodes() if n.op.macs(n.type, *(i.type for i in n.inputs)) and n.inputs[0].type.is_float]
+        (wanted,) = interpret(net.graph, [x.numpy()])
+        assert same_bits(net(x.numpy()), wanted)

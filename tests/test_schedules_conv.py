@@ -162,6 +162,14 @@ def test_widths(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", X86)
+def test_half_blocks(name: str) -> None:
+    target, padded = native(name), ((1, 1), (1, 1))
+    half = target.block // 2
+    bodies = [region(half, (3, 6), (7, w), (3, 3), padding=padded, groups=3, epilogue="add") for w in (5, 17)]
+    check([*bodies, region(half, (2, 2), (3, 40), (1, 1))], target, conv)
+
+
+@pytest.mark.parametrize("name", X86)
 def test_known_layers(name: str) -> None:
     target = native(name)
     b = target.block
@@ -197,7 +205,7 @@ def test_any_knobs_give_the_same() -> None:
 def test_declines() -> None:
     target = TARGETS["x86-avx512"]
     declined = [
-        region(8, (1, 1), (4, 4), (3, 3)),  # another block than the target's
+        region(4, (1, 1), (4, 4), (3, 3)),  # neither a block of the target nor half of one
         region(16, (1, 1), (4, 4), (3, 3), groups=0),  # depthwise
     ]
     x, w = inputs((1, 3, 4, 4), (5, 3, 3, 3))

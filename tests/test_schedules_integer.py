@@ -16,12 +16,16 @@ from paring.backends.targets import TARGETS, Target, missing_flags
 from paring.ir import Graph, Input, Node, interpret, show
 from paring.ir.op import Array
 from paring.ir.ops import pack, quantized, shape
+from paring.ir.ops.attention import IntegerAttention
 from paring.ir.ops.conv import Conv2d
-from paring.ir.ops.core import Const
+from paring.ir.ops.core import Const, Region
 from paring.ir.ops.linear import Linear
 from paring.passes.manager import run_pipeline
 from paring.passes.pipelines import parse_pipeline
 
+HEADS = ((2, 1, 5, 3, 6, 5), (1, 2, 33, 50, 30, 18), (1, 1, 1, 9, 4, 70), (1, 3, 20, 64, 64, 64))
+SIGNS = (("uint8",) * 3, ("int8", "uint8", "int8"), ("int8",) * 3)
+MASKS = ("bool", "", "causal")
 MACHINES = [name for name, target in TARGETS.items() if target.arch == "x86_64"]
 ACTIVATIONS = (("uint8", 0), ("uint8", 200), ("int8", 0), ("int8", -9))
 
@@ -94,6 +98,42 @@ def linear(target: Target, rows: int, depth: int, out: int, dtype: str) -> Graph
     return requantized(Node(Linear(layout, out), (x, const(weight), bias)), x, rng, depth)
 
 
+def looked_up(target: Target, rows: int, depth: int, out: int, dtype: str) -> Graph:
+    """The same through a table of 256 bytes, in the same region."""
+    rng, bytes_ = np.random.default_rng(depth), linear(target, rows, depth, out, "uint8")
+    (region,) = bytes_.outputs
+    table = const(rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max + 1, 256).astype(dtype))
+    body = Graph(bytes_.inputs, (Node(quantized.Lookup(), (_inlined(region), table)),))
+    return run_pipeline(body, parse_pipeline("fuse")).graph
+
+
+def _inlined(region: Node) -> Node:
+    """A region as the nodes of its body."""
+    assert isinstance(region.op, Region)
+    new: dict[Node, Node] = dict(zip(region.op.body.inputs, region.inputs, strict=True))
+    for node in region.op.body.nodes():
+        if node not in new:
+            new[node] = node.with_inputs(tuple(new[i] for i in node.inputs))
+    return new[region.op.body.outputs[0]]
+
+
+def attention(sizes: tuple[int, ...], dtypes: tuple[str, ...], mask: str) -> Graph:
+    """Split heads, attention, rounding, merged heads, as one region; sizes: batch, heads, queries, keys, inner, outer."""
+    b, h, rows, keys, inner, outer = sizes
+    dims = {"q": (b, rows, h, inner), "k": (b, keys, h, inner), "v": (b, keys, h, outer)}
+    inputs = [Node(Input(name, dtype, d)) for dtype, (name, d) in zip(dtypes, dims.items(), strict=True)]
+    split = [Node(shape.Transpose((0, 2, 1, 3)), (x,)) for x in inputs]
+    # Its last entry, which stands for all far keys, is not 0: nothing behind the last key may have it.
+    table = np.rint(255 * np.exp(-np.arange(256) / 50.0)).astype(np.uint8)
+    zeros = (-5, 9) if dtypes[0] == "int8" else (77, 200)
+    op = IntegerAttention(*zeros, float(np.float32(2e-3)), float(np.float32(0.3)), mask == "causal")
+    masks = [Node(Input("m", "bool", (b, 1, rows, keys)))] if mask == "bool" else []
+    wide = [Node(shape.Broadcast((b, h, rows, keys)), (m,)) for m in masks]
+    rounded = Node(quantized.Quantize(3, "int8", scale=0.25), (Node(op, (*split, const(table), *wide)),))
+    merged = Node(shape.Transpose((0, 2, 1, 3)), (rounded,))
+    return run_pipeline(Graph((*inputs, *masks), (merged,)), parse_pipeline("fuse")).graph
+
+
 def graphs(target: Target) -> list[tuple[str, Graph]]:
     convolutions = [(5, 7, 9, 3, 1), (16, 6, 24, 1, 1), (20, 9, 7, 3, 2), (33, 5, 40, 5, 1), (8, 4, 8, 1, 2), (3, 15, 20, 7, 2)]
     images = [(16, 7, 3, 1, 1), (20, 15, 3, 2, 1), (33, 6, 5, 1, 1), (24, 6, 3, 1, 2)]
@@ -102,18 +142,29 @@ def graphs(target: Target) -> list[tuple[str, Graph]]:
         *(("conv", convolution(target, *c, *x)) for c, x in product(convolutions, ACTIVATIONS)),
         *(("depthwise", narrow(target, *c, *x)) for c, x in product(images, ACTIVATIONS)),
         *(("gemm", linear(target, *c, x)) for c, x in product(layers, ("uint8", "int8"))),
+        *(("gemm", looked_up(target, *c, x)) for c, x in product(layers[:3], ("uint8", "int8"))),
+        *(("gemm", looked_up(target, 3, 9, out, "uint8")) for out in (1, 3, 11, 17, 30, 31)),
+        *(("integer-attention", attention(*case)) for case in zip(HEADS * 3, SIGNS * 4, MASKS * 4, strict=True)),
     ]
+
+
+def _values(rng: np.random.Generator, dtype: str, size: tuple[int, ...]) -> Array:
+    if dtype == "bool":
+        # Some rows keep nothing.
+        return (rng.random(size) < 0.7) & (rng.random((*size[:-1], 1)) < 0.9)
+    return extremes(rng, dtype, size)
 
 
 def assert_exact(target: Target, device: str | None, chosen: list[tuple[str, Graph]]) -> None:
     for family, graph in chosen:
         (region,) = graph.outputs
         assert choose(region.op.body, target)[0].name == family, show(graph)
-        x = extremes(np.random.default_rng(0), graph.inputs[0].type.dtype, graph.inputs[0].type.shape)
-        (wanted,) = interpret(graph, [x])
+        rng = np.random.default_rng(0)
+        given = [_values(rng, i.type.dtype, i.type.shape) for i in graph.inputs]
+        (wanted,) = interpret(graph, given)
         assert len(np.unique(wanted)) > min(12, wanted.size // 3), "the values say too little"
         with open_executable(build(graph, target), target, device) as run:
-            np.testing.assert_array_equal(run.run([x])[0], wanted, err_msg=f"{family}: {show(graph)}")
+            np.testing.assert_array_equal(run.run(given)[0], wanted, err_msg=f"{family}: {show(graph)}")
 
 
 @pytest.mark.parametrize("name", MACHINES)

@@ -69,6 +69,17 @@ def _times(factor: float, operand: int) -> Change:
     return change
 
 
+def _turned(operand: int) -> Change:
+    """One operand, a broadcast constant, from back to front."""
+
+    def change(node: Node, inputs: tuple[Node, ...]) -> Node:
+        spread = inputs[operand]
+        value = constant(np.flip(spread.inputs[0].op.value).copy())  # type: ignore[attr-defined]
+        return Node(node.op, (*inputs[:operand], Node(spread.op, (value,)), *inputs[operand + 1 :]))
+
+    return change
+
+
 def _turns(node: Node, inputs: tuple[Node, ...]) -> Node:
     return Node(node.op, inputs[::-1])
 
@@ -175,6 +186,8 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
         _but("quantize-affine", quantized.Requantize, _times(0.0, 2), "forgets_the_shift"),
         _but("quantize-affine", quantized.Requantize, _sets(low=None, high=None), "forgets_the_range"),
         _but("quantize-affine", quantized.Requantize, _times(-1.0, 1), "turns_the_sign"),
+        _but("quantize-affine", quantized.Requantize, _turned(1), "takes_the_scales_of_other_parts"),
+        _but("quantize-affine", quantized.Requantize, _turned(2), "takes_the_zero_points_of_other_parts"),
     ),
     "quantize-residual": (
         _but("quantize-residual", quantized.Requantize, _sets(residual_zero=0), "forgets_a_zero_point"),

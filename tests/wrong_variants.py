@@ -386,6 +386,11 @@ def _spelled_out(*, scale: bool = True, mask: bool = True, axis: int = 3) -> Rew
     return spell_out_attention
 
 
+def drops_causality_too(m: Match) -> Node | None:
+    q, k, v, *mask = m.root.inputs
+    return m.make(attention.ScaledDotProductAttention(), q, k, v) if mask else None
+
+
 def packs_reversed(m: Match) -> Node | None:
     (weight,) = m.root.inputs
     return constant(m.root.op.ref(const_value(weight)[::-1]))
@@ -479,6 +484,7 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
     "whole-pool-to-mean": (takes_the_mean_of_any_pool, adds_up_the_whole),
     "transposed-conv-to-conv": (_transposed(flip=False), _transposed(bias=False), _transposed(shift=1)),
     "spell-out-pixel-shuffle": (shuffles_in_another_order,),
+    "drop-mask": (drops_causality_too,),
     "spell-out-attention": (_spelled_out(scale=False), _spelled_out(mask=False), _spelled_out(axis=2)),
     "fold-packing": (packs_reversed, pads_with_ones),
     "pack-linear": (_packed(4, True, True), _packed(4, False, False)),

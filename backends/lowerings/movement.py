@@ -20,11 +20,13 @@ from paring.backends.lowerings.loops import (
     split,
     within,
 )
-from paring.backends.vecmath import cast, full
+from paring.backends.tables import look_up
+from paring.backends.vecmath import bind, cast, full
 from paring.ir import layout as lay
 from paring.ir.graph import Node
 from paring.ir.ops import index as idx
 from paring.ir.ops import pack, quantized, shape
+from paring.ir.types import BYTES
 
 
 def broadcast(kernel: Kernel, node: Node, index: Index) -> Value:
@@ -248,9 +250,14 @@ def gather_elements(kernel: Kernel, node: Node, index: Index) -> Value:
 
 @by_lane
 def lookup(kernel: Kernel, node: Node, index: Index) -> Value:
-    scalar_only(index)
     q, table = node.inputs
-    return kernel.value(table, (cast(kernel.value(q, index), "int32") - quantized.limits(q.type.dtype)[0],))
+    if table.type.dtype not in BYTES or table not in kernel.buffers:
+        scalar_only(index)
+    place = cast(kernel.value(q, index), "int32")
+    place = place - full(place, quantized.limits(q.type.dtype)[0])
+    if lanes_of(index) == 1:
+        return kernel.value(table, (place,))
+    return look_up(kernel, kernel.buffers[table], table.type.dtype, bind(place))
 
 
 def dequantize_channels(kernel: Kernel, node: Node, index: Index) -> Value:

@@ -23,10 +23,12 @@ from paring.backends.lowerings.loops import (
     within,
 )
 from paring.backends.lowerings.reduce import exp_of
+from paring.backends.quantized import weight_place, weight_share
 from paring.backends.vecmath import bind, cast, fma, full
 from paring.ir import layout as lay
 from paring.ir.graph import Node
 from paring.ir.ops import attention, conv, linear
+from paring.ir.ops.attention import MOST_SUM
 
 
 def read_channel(kernel: Kernel, x: Node, layout: str, n: Any, c: Any, y: Any, z: Any) -> Value:
@@ -209,14 +211,49 @@ def attend(kernel: Kernel, node: Node, index: Index) -> Value:
     return cast(mixed / splat(safe, lanes), node.type.dtype)
 
 
-def masked(kernel: Kernel, node: Node, score: Value, index: Index) -> Value:
-    """A score after the causal mask and the mask operand; the last component of the index may be lanes."""
-    low = full(score, float("-inf"))
+@by_lane
+def attend_on_integers(kernel: Kernel, node: Node, index: Index) -> Value:
+    """Scores are computed twice, as in `attend`."""
+    q, k, v, table = node.inputs[:4]
+    b, h, row, column = index
+    scalar_only((b, h, row))
+    lanes, op = lanes_of(index), node.op
+    out = constant(-MOST_SUM, "int32")
+
+    def score(s: Any) -> Value:
+        def term(p: tuple[Any, ...]) -> Value:
+            left, right = (cast(kernel.value(x, (b, h, at, p[0])), "int32") for x, at in ((q, row), (k, s)))
+            return (left - op.q_zero) * right
+
+        return masked(kernel, node, bind(total(kernel, (q.type.shape[3],), 1, "int32", term)), (b, h, row, s), -MOST_SUM)
+
+    def largest(state: tuple[Value, ...], p: tuple[Any, ...]) -> list[Value]:
+        return [tirx.max(state[0], score(p[0]))]
+
+    def weigh(state: tuple[Value, ...], p: tuple[Any, ...]) -> list[Value]:
+        found = bind(score(p[0]))
+        weight = cast(kernel.value(table, (bind(weight_place(op, top - found)),)), "int32")
+        weight = bind(tirx.Select(found > out, weight, full(weight, 0)))
+        value = cast(kernel.value(v, (b, h, p[0], column)), "int32")
+        value = splat(value, lanes) - constant(op.v_zero, "int32", lanes)
+        return [state[0] + weight, state[1] + splat(weight, lanes) * value]
+
+    (top,) = fold(kernel, (k.type.shape[2],), [("int32", constant(-(2**31), "int32"))], largest)
+    zeros = [("int32", constant(0, "int32")), ("int32", constant(0, "int32", lanes))]
+    whole, mixed = fold(kernel, (k.type.shape[2],), zeros, weigh)
+    return cast(mixed, "float32") * splat(weight_share(op, whole), lanes)
+
+
+def masked(kernel: Kernel, node: Node, score: Value, index: Index, lowest: float = float("-inf")) -> Value:
+    """A score after the causal mask and the mask operand, `lowest` where it does not count; the last component of the index may
+    be lanes.
+    """
+    low = full(score, lowest)
     key = index[3].expand() if isinstance(index[3], Lanes) else as_int(index[3])
     if node.op.causal:
         score = bind(choose(key <= splat(as_int(index[2]), vm.lanes_in(key)), score, low))
-    if len(node.inputs) == 4:
-        mask = kernel.value(node.inputs[3], index)
+    if len(node.inputs) == node.op.arity[1]:
+        mask = kernel.value(node.inputs[-1], index)
         score = choose(mask, score, low) if vm.dtype_of(mask) == "bool" else score + cast(mask, vm.dtype_of(score))
     return score
 
@@ -227,4 +264,5 @@ PRODUCTS = {
     linear.Linear: linear_,
     linear.Matmul: matmul,
     attention.ScaledDotProductAttention: attend,
+    attention.IntegerAttention: attend_on_integers,
 }

@@ -6,6 +6,7 @@ keys. Operands are read through whatever movements the region holds, so splittin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,13 @@ from paring.backends import vecmath as vm
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, as_int, constant, splat
 from paring.backends.lowerings.loops import accumulator, horizontal
 from paring.backends.lowerings.product import masked
-from paring.backends.scalar import SCALARS
 from paring.backends.schedules.elementwise import pieces
 from paring.backends.schedules.tiles import Accumulators, Run, balanced, dispatch, runs, tile_count
 from paring.backends.targets import Target
 from paring.backends.vecmath import bind
 from paring.ir.graph import Graph, Node
-from paring.ir.ops import index, shape
+from paring.ir.op import Op
+from paring.ir.ops import ELEMENTWISE, POINTWISE, index, shape
 from paring.ir.ops.attention import ScaledDotProductAttention
 from paring.ir.ops.core import Const, Input
 
@@ -66,7 +67,15 @@ class Sizes:
 
 
 def find(body: Graph, target: Target) -> Node | None:
-    anchors = [n for n in body.nodes() if isinstance(n.op, ScaledDotProductAttention)]
+    return only_attention(body, ScaledDotProductAttention)
+
+
+def only_attention(body: Graph, op: type[Op]) -> Node | None:
+    """The one node of that op, giving float32, of a region that is it, movements before it and elementwise ops behind it.
+
+    The result may be transposed at last.
+    """
+    anchors = [n for n in body.nodes() if isinstance(n.op, op)]
     if len(anchors) != 1:
         return None
     (anchor,) = anchors
@@ -75,17 +84,17 @@ def find(body: Graph, target: Target) -> Node | None:
     behind, before = {anchor}, set(Graph((), anchor.inputs).nodes())
     for n in body.nodes():
         if n is anchor or n in before:
-            if n in before and not (isinstance(n.op, MOVES) or type(n.op) in SCALARS):
+            if n in before and not isinstance(n.op, (*MOVES, *ELEMENTWISE)):
                 return None
         elif behind.isdisjoint(n.inputs):
-            if not (isinstance(n.op, MOVES) or type(n.op) in SCALARS):
+            if not isinstance(n.op, (*MOVES, *ELEMENTWISE)):
                 return None
-        elif type(n.op) in SCALARS and n.type.shape == anchor.type.shape:
+        elif isinstance(n.op, POINTWISE) and n.type.shape == anchor.type.shape:
             behind.add(n)
-        elif n is not body.outputs[0] or not isinstance(n.op, shape.Transpose) or n.inputs != (anchor,):
+        elif n is not body.outputs[0] or not isinstance(n.op, shape.Transpose):
             return None
     output = body.outputs[0]
-    return anchor if output in behind or output.inputs == (anchor,) else None
+    return anchor if output in behind or not behind.isdisjoint(output.inputs) else None
 
 
 def knobs(anchor: Node, target: Target) -> AttentionKnobs:
@@ -99,13 +108,22 @@ def knobs(anchor: Node, target: Target) -> AttentionKnobs:
 
 
 def emit(kernel: Kernel, anchor: Node, settings: AttentionKnobs) -> None:
+    macs = anchor.macs
+    each_head(kernel, anchor, settings, Head, macs // 20)
+
+
+def each_head(kernel: Kernel, anchor: Node, settings: AttentionKnobs, make: Callable[..., Any], work: int) -> None:
+    """Pack each head once for each chunk of its rows, and compute these tile by tile.
+
+    `make(kernel, anchor, sizes, settings, b, h)` is a head, with `pack()` and `rows(first row, tile)`; `work` as in
+    `Kernel.parallel`.
+    """
     sizes = Sizes.of(anchor, kernel.target)
     tiles = runs(balanced(sizes.queries, settings.rows))
     chunks = min(settings.chunks, tile_count(tiles))
     each = -(-tile_count(tiles) // chunks)
-    macs = anchor.macs
-    with kernel.parallel((sizes.batch, sizes.heads, chunks), macs // 20) as (b, h, chunk):
-        head = Head(kernel, anchor, sizes, settings, b, h)
+    with kernel.parallel((sizes.batch, sizes.heads, chunks), work) as (b, h, chunk):
+        head = make(kernel, anchor, sizes, settings, b, h)
         head.pack()
         left = tile_count(tiles) - chunk * each
         count = each if chunks == 1 else tirx.max(tirx.min(as_int(left), as_int(each)), as_int(0))

@@ -13,12 +13,11 @@ from tvm.script.ir_builder import tirx as T
 
 from paring.backends.kernel import Index, Kernel
 from paring.backends.lowerings.loops import plus
-from paring.backends.scalar import SCALARS
 from paring.backends.schedules.elementwise import ElementwiseKnobs, above, emit_rows, mergeable, work_ns
 from paring.backends.schedules.elementwise import knobs as knobs
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
-from paring.ir.ops import shape
+from paring.ir.ops import ELEMENTWISE, shape
 from paring.ir.ops.core import Const, Input
 
 ALLOWED = (Input, Const, shape.Broadcast, shape.Transpose, shape.Slice)
@@ -29,7 +28,7 @@ def find(body: Graph, target: Target) -> Node | None:
     if not isinstance(output.op, shape.Concat) or output.type.size == 0:
         return None
     others = [n for n in body.nodes() if n is not output]
-    return output if all(type(n.op) in SCALARS or isinstance(n.op, ALLOWED) for n in others) else None
+    return output if all(isinstance(n.op, (*ELEMENTWISE, *ALLOWED)) for n in others) else None
 
 
 def emit(kernel: Kernel, anchor: Node, settings: ElementwiseKnobs) -> None:

@@ -117,14 +117,20 @@ def find(body: Graph, target: Target) -> Node | None:
     node = only_anchor(body, Conv2d)
     if node is None:
         return None
-    op, b, dot = node.op, target.block, dot_for(node.inputs[0].type.dtype, target)
+    op, dot = node.op, dot_for(node.inputs[0].type.dtype, target)
     assert isinstance(op, Conv2d)
+    b = lay.channel_block(op.out_layout)
     blocks, block_in = lay.weight_blocks(op.weight_layout), lay.channel_block(op.layout)
     if op.algorithm != "direct" or blocks is None or dot is None:
         return None
-    if lay.channel_block(op.out_layout) != b or blocks != (block_in or 1, b) or block_in not in (None, dot.depth, b):
+    if (
+        b is None
+        or b not in (target.block, target.block // 2)
+        or blocks != (block_in or 1, b)
+        or block_in not in (None, dot.depth, b)
+    ):
         return None
-    if dot.depth > 1 and lay.weight_tail(op.weight_layout)[2:] != (dot.depth,):
+    if dot.depth > 1 and (b != target.block or lay.weight_tail(op.weight_layout)[2:] != (dot.depth,)):
         return None
     weight = node.inputs[1].type.shape
     return node if weight[1] and weight[0] % op.groups == 0 else None

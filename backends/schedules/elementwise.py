@@ -15,11 +15,10 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from paring.backends.kernel import Index, Kernel, Lanes, Scalar
-from paring.backends.scalar import SCALARS
 from paring.backends.targets import Target
 from paring.ir import layout as lay
 from paring.ir.graph import Graph, Node
-from paring.ir.ops import binary, index, norm, pool, shape, unary
+from paring.ir.ops import ELEMENTWISE, POINTWISE, binary, index, norm, pool, shape, unary
 from paring.ir.ops.core import Const, Input
 from paring.ir.types import DTYPES
 
@@ -156,7 +155,7 @@ def above(anchor: Node) -> list[Node]:
 def _fast_dimension(output: Node) -> int | None:
     """The dimension of the result along which a transposed operand is contiguous, if that is not the last one."""
     node = output
-    while type(node.op) in SCALARS:
+    while isinstance(node.op, ELEMENTWISE):
         moved = [
             i for i in node.inputs if i.type.shape == node.type.shape and not isinstance(i.op, Input | Const | shape.Broadcast)
         ]
@@ -186,7 +185,7 @@ def _keeps(node: Node, count: int) -> bool:
     """Whether an op reads its operands at the same position along the last `count` dimensions, or not along any of them."""
     op, x = node.op, node.inputs[0].type if node.inputs else None
     first = node.type.rank - count
-    if isinstance(op, Input | Const) or type(op) in SCALARS:
+    if isinstance(op, (*POINTWISE, Input, Const)):
         return True
     if isinstance(op, shape.Broadcast):
         tail = x.shape[-count:]
@@ -218,7 +217,7 @@ def _nanoseconds(node: Node) -> float:
         return 5.0
     if isinstance(op, pool.Pool2d):
         return 0.1 * prod(op.kernel)
-    if type(op) in SCALARS or isinstance(op, Input | Const | shape.Broadcast):
+    if isinstance(op, (*ELEMENTWISE, Input, Const, shape.Broadcast)):
         return 0.03
     macs = node.macs
     if macs:

@@ -18,12 +18,11 @@ from paring.backends import vecmath as vm
 from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, as_int, constant, splat
 from paring.backends.lowerings.loops import CHAIN, accumulator, greater, horizontal, lesser
 from paring.backends.lowerings.reduce import inverse_deviation
-from paring.backends.scalar import SCALARS
 from paring.backends.schedules.elementwise import mergeable, pieces, work_ns
 from paring.backends.targets import Target
 from paring.backends.vecmath import bind, cast, full
 from paring.ir.graph import Graph, Node
-from paring.ir.ops import norm, pool, reduce, scan, shape
+from paring.ir.ops import POINTWISE, norm, pool, reduce, scan, shape
 from paring.ir.ops.core import Const, Input
 
 NORMS = (norm.LayerNorm, norm.RmsNorm, norm.GroupNorm)
@@ -90,7 +89,7 @@ def find(body: Graph, target: Target) -> Node | None:
     for n in body.nodes():
         if n is anchor:
             continue
-        if not (type(n.op) in SCALARS or isinstance(n.op, Input | Const | shape.Broadcast)):
+        if not isinstance(n.op, (*POINTWISE, Input, Const, shape.Broadcast)):
             return None
         if not behind.isdisjoint(n.inputs):
             if isinstance(n.op, shape.Broadcast):

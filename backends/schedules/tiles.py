@@ -14,7 +14,7 @@ from paring.backends.schedules.dot import FLOAT, Dot
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Op
-from paring.ir.ops import ELEMENTWISE
+from paring.ir.ops import ELEMENTWISE, POINTWISE
 from paring.ir.ops.binary import Add, Maximum, Minimum, Mul, Sub, Where
 from paring.ir.ops.core import Const, Input
 from paring.ir.ops.quantized import Dequantize, Descale, Quantize, QuantizedMul, Requantize
@@ -65,7 +65,7 @@ def takes_epilogue(body: Graph, anchor: Node) -> bool:
         if behind.isdisjoint(node.inputs):
             if not isinstance(node.op, (*ELEMENTWISE, Broadcast, Const)):
                 return False
-        elif isinstance(node.op, ELEMENTWISE) and node.type.shape == anchor.type.shape:
+        elif isinstance(node.op, POINTWISE) and node.type.shape == anchor.type.shape:
             behind.add(node)
         else:
             return False

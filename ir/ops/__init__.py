@@ -36,7 +36,7 @@ ALL: tuple[type[Op], ...] = (
     *(pool.MaxPool2d, pool.AvgPool2d, pool.AdaptiveAvgPool2d),
     *(reduce.Sum, reduce.Mean, reduce.Max, reduce.Min, reduce.ArgMax),
     *(index.Gather, index.GatherElements, index.Tril, index.Triu),
-    *(resize.Resize, scan.CumSum, attention.ScaledDotProductAttention),
+    *(resize.Resize, scan.CumSum, attention.ScaledDotProductAttention, attention.IntegerAttention),
     *(quantized.Quantize, quantized.Dequantize, quantized.DequantizeChannels, quantized.Descale, quantized.Requantize),
     *(quantized.QuantizedMul, quantized.Lookup),
 )
@@ -46,5 +46,8 @@ ELEMENTWISE: tuple[type[Op], ...] = (
     *(unary.Unary, unary.Cast, binary.Binary, binary.Where),
     *(quantized.Quantize, quantized.Dequantize, quantized.Descale, quantized.Requantize, quantized.QuantizedMul),
 )
+
+# The same, where an operand may be read as a whole besides: the table of a lookup.
+POINTWISE: tuple[type[Op], ...] = (*ELEMENTWISE, quantized.Lookup)
 
 OPS: dict[str, type[Op]] = {op.name: op for op in ALL}

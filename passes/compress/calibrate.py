@@ -22,7 +22,7 @@ FAR = 1e9
 def check_calibration(graph: Graph, context: Context, who: str) -> None:
     """Raise ArgumentError where a pass has no data, InputError for a batch that does not fit or is not finite."""
     if not context.calibration:
-        hint = "paring.compile(..., calibration=batches), some dozens of typical inputs"
+        hint = "paring.compile(..., calibration=batches) or --calibration FILE, some dozens of typical inputs"
         raise ArgumentError(f"{who} needs calibration data", hint=hint)
     for number, batch in enumerate(context.calibration):
         try:

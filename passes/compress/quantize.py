@@ -123,12 +123,13 @@ class Quantize(Pass):
         return worst[:least]
 
     def _apply(self, recipe: Recipe, units: Sequence[Unit], context: Context) -> Graph:
-        """One unit of fuel for each value and for each weight."""
+        """One unit of fuel for each value, each weight and each attention."""
         values = [value for group in recipe.flow.groups(units) for value in group]
         layers = [unit.anchor for unit in units if unit.anchor in recipe.weights]
         pairs = {value: recipe.params[value] for value in values if context.spend("activation", value)}
         weights = {layer: recipe.weights[layer] for layer in layers if context.spend("weight", layer)}
-        return insert(recipe.flow.graph, pairs, weights).graph
+        attentions = {node: params for node, params in recipe.attentions(units).items() if context.spend("attention", node)}
+        return insert(recipe.flow.graph, pairs, weights, attentions).graph
 
 
 def _check_names(graph: Graph, skip: Names) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 from paring.ir.graph import Graph, Node
 from paring.ir.interpreter import evaluate, walk
 from paring.ir.op import Array
+from paring.ir.ops.attention import ScaledDotProductAttention
 from paring.ir.ops.quantized import Dequantize, Quantize
+from paring.passes.compress.attention import on_integers
 from paring.passes.compress.calibrate import evaluate_from
 from paring.passes.compress.observers import Affine
 from paring.passes.compress.units import Flow, Inserted, Unit, insert
@@ -37,7 +39,13 @@ class Recipe:
         """The graph with these units quantized and the others in float."""
         chosen = list(units)
         pairs = {value: self.params[value] for group in self.flow.groups(chosen) for value in group}
-        return insert(self.flow.graph, pairs, {u.anchor: self.weights[u.anchor] for u in chosen if u.anchor in self.weights})
+        weights = {u.anchor: self.weights[u.anchor] for u in chosen if u.anchor in self.weights}
+        return insert(self.flow.graph, pairs, weights, self.attentions(chosen))
+
+    def attentions(self, units: Iterable[Unit]) -> dict[Node, list[Affine]]:
+        """The attentions among these units, with the parameters of what they read."""
+        found = [unit.anchor for unit in units if isinstance(unit.anchor.op, ScaledDotProductAttention)]
+        return {node: [self.params[self.flow.origins[i][0]] for i in node.inputs[:3]] for node in found}
 
 
 class Ratio:
@@ -104,6 +112,7 @@ def metrics(recipe: Recipe, context: Context) -> dict[str, float]:
 def alone(recipe: Recipe, unit: Unit, known: Mapping[Node, Array]) -> Array:
     """A quantized unit's result on operands of the float network; the rounding of the result is that of who reads it."""
     values: dict[Node, Array] = {}
+    attentions = recipe.attentions([unit])
     for operand in recipe.flow.operands(unit):
         # What only moves values does not change how they round.
         params = recipe.params.get(recipe.flow.origins[operand][0])
@@ -113,7 +122,11 @@ def alone(recipe: Recipe, unit: Unit, known: Mapping[Node, Array]) -> Array:
         inputs = [values.get(i, known[i]) for i in node.inputs]
         if node in recipe.weights:
             inputs[1] = evaluate_from([recipe.weights[node]], {})[0]
-        values[node] = evaluate(node, inputs)
+        if node in attentions:
+            integer = on_integers(node, node.inputs, attentions[node])
+            (values[node],) = evaluate_from([integer], dict(zip(node.inputs, inputs, strict=True)))
+        else:
+            values[node] = evaluate(node, inputs)
     return values[unit.end]
 
 

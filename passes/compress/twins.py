@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph, Node
+from paring.ir.ops.attention import IntegerAttention, ScaledDotProductAttention
 from paring.ir.ops.core import Const
 from paring.passes.compress.calibrate import evaluate_from
 from paring.passes.compress.scan import output_noise
@@ -52,6 +53,9 @@ def _match(before: Graph, after: Graph, who: str) -> dict[Node, Node]:
         if new in seen or is_quantized_weight(new) or isinstance(new.op, Const):
             continue
         seen.add(new)
+        if isinstance(new.op, IntegerAttention) and isinstance(old.op, ScaledDotProductAttention):
+            stack.extend((q.inputs[0], x) for q, x in zip(new.inputs[:3], old.inputs[:3], strict=True))
+            continue
         if new.op != old.op or len(new.inputs) < len(old.inputs):
             why = f"{new.op.name} stands where {old.op.name} was"
             raise ArgumentError(f"{who} does not know the graph that it is given", why=why, hint=f"'quantize, {who}'")

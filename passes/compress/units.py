@@ -12,7 +12,9 @@ import numpy as np
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Op
 from paring.ir.ops import binary, conv, linear, norm, pool, quantized, reduce, shape, unary
+from paring.ir.ops.attention import ScaledDotProductAttention
 from paring.ir.ops.core import Const
+from paring.passes.compress.attention import fits, on_integers, quantize
 from paring.passes.compress.observers import Affine
 from paring.passes.util import const_value, is_const, is_plain
 
@@ -27,7 +29,7 @@ CURVES: tuple[type[Op], ...] = (
 )
 NORMS: tuple[type[Op], ...] = (norm.Softmax, norm.LayerNorm, norm.RmsNorm, norm.GroupNorm)
 MEANS: tuple[type[Op], ...] = (reduce.Mean, pool.AvgPool2d, pool.AdaptiveAvgPool2d)
-ANCHORS = (*PRODUCTS, *ARITHMETIC, *ENDS, *CURVES, *NORMS, *MEANS)
+ANCHORS = (*PRODUCTS, ScaledDotProductAttention, *ARITHMETIC, *ENDS, *CURVES, *NORMS, *MEANS)
 MOVES: tuple[type[Op], ...] = (
     *(shape.Reshape, shape.Transpose, shape.Slice, shape.Concat, shape.Broadcast, shape.Flip, shape.Roll, shape.PixelShuffle),
     pool.MaxPool2d,
@@ -60,7 +62,8 @@ class Unit:
         inside = set(self.nodes)
         found = []
         for node in self.nodes:
-            read = node.inputs[:1] if isinstance(node.op, (*LAYERS, *NORMS)) else node.inputs
+            count = 1 if isinstance(node.op, (*LAYERS, *NORMS)) else 3
+            read = node.inputs[:count]
             found += [i for i in read if i not in inside]
         return found
 
@@ -111,7 +114,7 @@ class Flow:
 
     def operands(self, unit: Unit) -> list[Node]:
         """The activations that a unit reads as 8 bits. A constant that is added or multiplied stays as it is."""
-        both = isinstance(unit.anchor.op, linear.Matmul)
+        both = isinstance(unit.anchor.op, (linear.Matmul, ScaledDotProductAttention))
         return [i for i in unit.operands() if both or not _constant(i, self.origins)]
 
     def values_of(self, unit: Unit) -> list[Node]:
@@ -194,6 +197,8 @@ def _eligible(node: Node, origins: Mapping[Node, tuple[Node, ...]]) -> bool:
         return False
     if isinstance(node.op, LAYERS):
         return is_plain(node) and all(map(is_const, node.inputs[1:]))
+    if isinstance(node.op, ScaledDotProductAttention) and not fits(node):
+        return False
     constants = [i for i in node.inputs if _constant(i, origins)]
     masked = any(_is_mask(i, origins) for s in (node, *(s for i in node.inputs for s in origins[i])) for i in s.inputs)
     return len(constants) < len(node.inputs) and not masked
@@ -221,10 +226,13 @@ class Inserted:
     read: dict[Node, Node]
 
 
-def insert(graph: Graph, pairs: Mapping[Node, Affine], weights: Mapping[Node, Node]) -> Inserted:
+def insert(
+    graph: Graph, pairs: Mapping[Node, Affine], weights: Mapping[Node, Node], attentions: Mapping[Node, Sequence[Affine]]
+) -> Inserted:
     """Quantize and dequantize after each value of `pairs`, and `weights[layer]` as the weight of each layer named.
 
-    Graph outputs stay as they are: they read the value before its pair.
+    Each of `attentions` is computed on integers, those of its operands with the parameters given. Graph outputs stay as they
+    are: they read the value before its pair.
     """
     new: dict[Node, Node] = {}
     read: dict[Node, Node] = {}
@@ -232,14 +240,16 @@ def insert(graph: Graph, pairs: Mapping[Node, Affine], weights: Mapping[Node, No
         inputs = tuple(read[i] for i in node.inputs)
         if node in weights:
             inputs = (inputs[0], weights[node], *inputs[2:])
-        new[node] = node.with_inputs(inputs)
+        if node in attentions:
+            new[node] = on_integers(node, inputs, attentions[node])
+        else:
+            new[node] = node.with_inputs(inputs)
         read[node] = _pair(new[node], pairs[node]) if node in pairs else new[node]
     return Inserted(Graph(tuple(new[n] for n in graph.inputs), tuple(new[n] for n in graph.outputs)), read)
 
 
 def _pair(node: Node, params: Affine) -> Node:
-    q = Node(quantized.Quantize(params.zero_point, params.dtype, scale=params.scale), (node,), node.loc)
-    return Node(quantized.Dequantize(params.scale, params.zero_point), (q,), node.loc)
+    return Node(quantized.Dequantize(params.scale, params.zero_point), (quantize(node, params),), node.loc)
 
 
 def is_pair(node: Node) -> bool:

@@ -11,7 +11,7 @@ import typer
 
 from paring import __version__
 from paring.cli.frame import INTERRUPTED, MISMATCH, OK, USER, Report, framed, plain, progress, stderr, table, text
-from paring.cli.options import Device, Dump, Model, Passes, Pipeline, Plugins, Seed, TargetName
+from paring.cli.options import Calibration, Device, Dump, Model, Passes, Pipeline, Plugins, Seed, TargetName
 from paring.cli.run import inspect, run
 from paring.cli.search import bisect, why_not
 from paring.cli.tables import ledger_table, ops, passes
@@ -23,6 +23,7 @@ def compile_(
     passes: Passes = None,
     pipeline: Pipeline = None,
     plugin: Plugins = None,
+    calibration: Calibration = None,
     dump: Dump = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Save the network in this folder.", metavar="NAME.paring")
@@ -34,10 +35,13 @@ def compile_(
     """Compile a model, and show what each pass did to it.
 
     Example: paring compile net.py:make --target x86 --dump /tmp/net --output net.paring --check
+
+    On 8-bit integers: paring compile net.py:make --passes "quantize, correct-bias" --calibration images.npy
     """
     from time import perf_counter
 
     import paring
+    from paring.cli.calibration import read_calibration
     from paring.cli.inputs import check_writable, chosen_passes, load_model
 
     start = perf_counter()
@@ -55,6 +59,7 @@ def compile_(
             example.kwargs,
             target=target,
             pipeline=chosen,
+            calibration=read_calibration(calibration, example.model) if calibration is not None else None,
             dump=dump,
             device=device,
             progress=tell,
@@ -79,6 +84,8 @@ def _compiled(model: str, net: Any, seconds: float, dump: Path | None, saved: Pa
         "check": verdict.as_json() if verdict else None,
     }
     lines = [f"compiled {model} for {net.target.name} in {seconds:.1f} s; it promises {net.contract}"]
+    lines = [*(f"{e.step:>3} {line}" for e in net.ledger.entries for line in e.remarks()), *lines]
+    lines += [net.ledger.on_integers] if net.ledger.on_integers else []
     lines += [f"the program after each pass: {dump}"] if dump else []
     lines += [f"saved: {saved}"] if saved else []
     lines += [str(verdict)] if verdict else []

@@ -10,8 +10,9 @@ from paring.cli.frame import MISMATCH, OK, USER, Report, text
 from paring.cli.inputs import check_writable, find
 from paring.ir.errors import ArgumentError
 
-# What a system is imported from, besides what Paring itself needs.
+# What a system is imported from, besides what Paring itself needs; and what it quantizes with.
 PACKAGES = {"ort": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}
+QUANTIZERS = {"openvino": ("nncf",)}
 
 
 def split(names: str) -> tuple[str, ...]:
@@ -19,13 +20,14 @@ def split(names: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
-def check_installed(models: Sequence[str], systems: Sequence[str]) -> None:
+def check_installed(models: Sequence[str], systems: Sequence[str], precision: str = "float32") -> None:
     """Raise ArgumentError naming all packages that these models and systems need and this machine lacks."""
     from paring.bench import models as rows
 
     library = {rows.torchvision_model: "torchvision", rows.timm_model: "timm", rows.transformers_model: "transformers"}
     needed = [library.get(getattr(rows.MODELS[name].factory, "func", None), "torch") for name in models]
-    needed += [package for name in systems for package in PACKAGES.get(name, ())]
+    tables = (PACKAGES, QUANTIZERS) if precision == "int8" else (PACKAGES,)
+    needed += [package for packages in tables for name in systems for package in packages.get(name, ())]
     lacking = [package for package in dict.fromkeys(needed) if find_spec(package) is None]
     if lacking:
         hint = "pip install 'paring[bench]' (in a checkout: make .venv/bench), or choose other --models and --peers"
@@ -53,7 +55,7 @@ def bench(
         for name in names:
             find(name, known, kind)
     check_writable(file)
-    check_installed(models or suite_models(suite), peers or COMPARED[precision])
+    check_installed(models or suite_models(suite), peers or COMPARED[precision], precision)
     records = run_bench(suite, models, peers, threads, rounds, file, precision=precision, **more)
     view = [table(records), text(f"{host()}; {threads} threads")]
     failed = all("error" in record for record in records)

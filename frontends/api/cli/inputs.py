@@ -53,7 +53,7 @@ def load_model(spec: str, seed: int = 0) -> Example:
         raise ArgumentError(f"{spec}: there is no ONNX importer yet", hint=HOW)
     factory = load_object(spec, HOW)
     _check_factory(spec, factory)
-    return _example(spec, _run(spec, factory))
+    return _example(spec, run_users(spec, factory))
 
 
 def _check_factory(spec: str, factory: Any) -> None:
@@ -117,7 +117,7 @@ def _from_file(spec: str, path: Path) -> Any:
     sys.modules[name] = module
     # Beside the file lie the modules that it imports.
     sys.path.insert(0, str(path.resolve().parent))
-    _run(spec, lambda: loader.exec_module(module))
+    run_users(spec, lambda: loader.exec_module(module))
     return module
 
 
@@ -133,10 +133,10 @@ def _from_module(spec: str, name: str) -> Any:
                 raise ArgumentError(f"no module {error.name!r}", hint=hint) from None
             raise
 
-    return _run(spec, load)
+    return run_users(spec, load)
 
 
-def _run(spec: str, code: Callable[[], Any]) -> Any:
+def run_users(spec: str, code: Callable[[], Any]) -> Any:
     """Run the user's code; what it raises becomes a ModelError that names their line."""
     try:
         return code()

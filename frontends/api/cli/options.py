@@ -19,6 +19,13 @@ Plugins = Annotated[
         help="A pass of your own. It replaces a pass of its name; runs first if --passes and --pipeline do not name it.",
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|FUNCTION",
+        help="Data for --passes quantize and the like: .npy or .npz, batches along the first axis; or file.py:function.",
+    ),
+]
 Dump = Annotated[Path | None, typer.Option(metavar="DIR", help="Write the program after each changing pass here.")]
 Device = Annotated[str | None, typer.Option(help="Where a foreign target's code runs: emulator or rpc://127.0.0.1:PORT.")]
 Seed = Annotated[int, typer.Option(help="Seed of random inputs.")]

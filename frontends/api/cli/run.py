@@ -28,6 +28,9 @@ def run(
     ] = None,
     seed: Seed = 0,
     repeat: Annotated[int, typer.Option(min=0, help="Time this many calls.")] = 0,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show each kernel: its time, its work, its layer; of 8-bit layers also the SQNR.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each result here, as .npy.")] = None,
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="What to compile a model for, native if not given.", show_default=False)
@@ -55,6 +58,7 @@ def run(
         tell("running", 0, 0)
         results = dict(leaves(net(*args, **kwargs)))
         times = _time(net, args, kwargs, repeat, tell)
+        kernels = net.profile(*args, **kwargs) if profile else None
     written = _write(results, output) if output is not None else []
     described = [{"name": name, **_describe(array)} for name, array in results.items()]
     columns = ("output", "dtype", "shape", ">min", ">max", ">mean", ">not finite")
@@ -64,9 +68,10 @@ def run(
         view.append(
             text("{calls} calls: median {median_ms:.3f} ms, fastest {min_ms:.3f} ms, mean {mean_ms:.3f} ms".format(**times))
         )
+    view += [text(kernels)] if kernels else []
     view += [text(f"wrote {path}") for path in written]
     data = {"network": what, "target": net.target.name, "outputs": described, "times": times, "written": written}
-    return Report(data, view)
+    return Report({**data, "profile": kernels.as_json() if kernels else None}, view)
 
 
 def _load(
@@ -211,7 +216,7 @@ def inspect(
         found = paring.inspect(path)
     if ir:
         return Report({"path": path, **found}, [text(found["graph"])])
-    manifest = found["manifest"]
+    manifest, ledger = found["manifest"], Ledger.from_json(found["report"]["ledger"])
     facts = [("format", manifest["format"]), *manifest["versions"].items()]
     facts += [(f"target {name}", _line(value)) for name, value in manifest["target"].items()]
     ends = [(kind, s["name"], s["dtype"], _line(s["shape"])) for kind in ("input", "output") for s in manifest[f"{kind}s"]]
@@ -220,8 +225,9 @@ def inspect(
         table(str(path), ("", ""), facts),
         table("", ("", "name", "dtype", "shape"), ends),
         table("", ("file", ">bytes", "sha256"), files),
-        ledger_table(Ledger.from_json(found["report"]["ledger"]), times=False),
+        ledger_table(ledger, times=False),
     ]
+    view += [text(ledger.on_integers)] if ledger.on_integers else []
     return Report({"path": path, "manifest": manifest, "report": found["report"]}, view)
 
 

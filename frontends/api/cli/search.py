@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paring.cli.frame import MISMATCH, Report, progress, table, text
-from paring.cli.options import Device, Model, Passes, Pipeline, Plugins, Seed, TargetName
+from paring.cli.options import Calibration, Device, Model, Passes, Pipeline, Plugins, Seed, TargetName
 
 if TYPE_CHECKING:
     from paring.cli.check import Verdict, WrongKernel
@@ -119,12 +119,15 @@ def why_not(
     passes: Passes = None,
     pipeline: Pipeline = None,
     plugin: Plugins = None,
+    calibration: Calibration = None,
     seed: Seed = 0,
 ) -> Report:
     """Show where rules fitted but declined, and why: the missed fusion that you wonder about.
 
     Example: paring why-not net.py:make --pass fuse
     """
+    from paring.calibration import collect, flatten
+    from paring.cli.calibration import read_calibration
     from paring.cli.inputs import chosen_passes, load_model
     from paring.compiler import import_any
     from paring.errors import ArgumentError
@@ -138,8 +141,10 @@ def why_not(
         tell(f"reading {model}", 0, 0)
         example = load_model(model, seed)
         imported = import_any(example.model, example.args, example.kwargs)
-        arrays = imported.flatten_inputs(example.args, example.kwargs)
-        result = run_pipeline(imported.graph, chosen, progress=lambda name: tell(name, 0, 0), calibration=[arrays], tell=tell)
+        batches = collect(read_calibration(calibration, example.model) if calibration is not None else None)
+        # Passes that look at data are shown the example inputs where no others are given.
+        arrays = flatten(batches, imported.signature) or [imported.flatten_inputs(example.args, example.kwargs)]
+        result = run_pipeline(imported.graph, chosen, progress=lambda name: tell(name, 0, 0), calibration=arrays, tell=tell)
     declined = [(name, rewrite.rule, rewrite.node, why) for name, rewrite, why in result.declined if only in ("", name)]
     data = [{"pass": name, "rule": rule, "node": node, "why": why} for name, rule, node, why in declined]
     if not declined:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.fast
 FOLDER = Path(__file__).parent / "golden" / "lossy"
 FILES = sorted(FOLDER.glob("*.ir"))
 CUT = "# ----\n"
-SECONDS_FOR_1500_NODES = 30.0
+SECONDS_FOR_1000_NODES = 20.0
 # Noise over signal: 26 dB, what 8 bits make of a few layers.
 LITTLE = 0.05
 Batches = list[list[Array]]
@@ -118,7 +118,7 @@ def assert_form(graph: Graph) -> None:
 
 def test_random_graphs_keep_the_form_and_their_types() -> None:
     found = 0
-    for seed in range(50):
+    for seed in range(30):
         rng = np.random.default_rng((31, seed))
         graph = random_graph(rng, 12, exact=False)
         result = run(graph, "quantize{scan='none'}", batches_for(graph, 2, exact=False))
@@ -127,7 +127,7 @@ def test_random_graphs_keep_the_form_and_their_types() -> None:
         assert [n.type for n in result.graph.outputs] == [n.type for n in graph.outputs]
         assert_form(result.graph)
         found += sum(is_pair(n) for n in result.graph.nodes())
-    assert found > 200, "nothing was tested"
+    assert found > 120, "nothing was tested"
 
 
 def test_a_second_run_and_simplification_leave_the_form_alone() -> None:
@@ -383,7 +383,7 @@ def test_thousands_of_nodes_take_seconds() -> None:
         return time.perf_counter() - start
 
     seconds(20)
-    assert seconds(400) < SECONDS_FOR_1500_NODES
+    assert seconds(250) < SECONDS_FOR_1000_NODES
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

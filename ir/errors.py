@@ -84,13 +84,6 @@ class InputError(ParingError):
     """A call with the wrong number, shape, dtype or device of inputs."""
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """A hint for a name that is not there: the one that holds it or looks like it, or what else there is to say."""
-    known = list(known)
-    near = [each for each in known if name and name in each] or difflib.get_close_matches(name, known, 1, 0.4)
-    return f"did you mean {near[0]!r}?" if near else otherwise
-
-
 class ArgumentError(ParingError):
     """An unknown or impossible argument: target, pass, option, path."""
 
@@ -115,3 +108,10 @@ def a_kind(value: object) -> str:
         return "None"
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """A hint for a name that is not there: the one that holds it or looks like it, or what else there is to say."""
+    known = list(known)
+    near = [each for each in known if name and name in each] or difflib.get_close_matches(name, known, 1, 0.4)
+    return f"did you mean {near[0]!r}?" if near else otherwise

@@ -97,8 +97,9 @@ class _Walker:
         return self.blocked_of[node]
 
     def in_blocks_of(self, size: int, node: Node) -> Node:
-        """A plain image in blocks of another size."""
-        return Node(shape.LayoutTransform("NCHW", f"NCHW{size}c", node.type.shape[1]), (self.plain(node),), node.loc)
+        """An image in blocks of another size."""
+        source, layout = (self.blocked_of[node], self.layout) if self.is_blocked(node) else (self.plain(node), "NCHW")
+        return Node(shape.LayoutTransform(layout, f"NCHW{size}c", node.type.shape[1]), (source,), node.loc)
 
     def _is_channel_vector(self, node: Node) -> bool:
         """Whether a broadcast repeats something that has channels at most, not rows or columns."""
@@ -170,11 +171,9 @@ def _conv_in_half_blocks(w: _Walker, node: Node) -> Node | None:
             node, f"groups of {sizes[0]} to {sizes[1]} channels neither fill blocks of {w.block} or {half} nor share them out"
         )
     layout, weight_layout = f"NCHW{half}c", f"OIHW{half}i{half}o"
-    into = shape.LayoutTransform(w.layout if w.is_blocked(x) else "NCHW", layout, x.type.shape[1])
-    source = Node(into, (w.blocked_of[x] if w.is_blocked(x) else w.plain(x),), node.loc)
     packed = Node(PackConvWeight(weight_layout), (w.plain(weight),), weight.loc)
     new = dataclasses.replace(node.op, layout=layout, out_layout=layout, weight_layout=weight_layout)
-    result = Node(new, (source, packed, *map(w.plain, bias)), node.loc)
+    result = Node(new, (w.in_blocks_of(half, x), packed, *map(w.plain, bias)), node.loc)
     return Node(shape.LayoutTransform(layout, w.layout, node.type.shape[1]), (result,), node.loc)
 
 

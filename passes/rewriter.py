@@ -105,7 +105,9 @@ class _RulesByOp(dict[type[Op], list[Rule]]):
 
 
 def _sweep(graph: Graph, by_op: _RulesByOp, context: Context) -> Graph:
-    uses, users = graph.use_counts(), defaultdict(list, graph.users())
+    users = defaultdict(list, graph.users())
+    uses = Counter({node: len(readers) for node, readers in users.items()})
+    uses.update(graph.outputs)
     most = REWRITES_AT_ONE_NODE + len(uses)
 
     def visit(node: Node, inputs: tuple[Node, ...]) -> Node:
@@ -118,7 +120,7 @@ def _sweep(graph: Graph, by_op: _RulesByOp, context: Context) -> Graph:
                 return new
             # Rather too many than too few: what had one reader and has two now must not be taken for its only one's.
             uses[replacement] += uses[node]
-            users[replacement] = [*users.get(replacement, ()), *users[node]]
+            users[replacement] = [*users[replacement], *users[node]]
             new = replacement
         raise InternalError(f"rules do not come to rest at {describe(node)}", why=str(context.rewrites[-1]))
 

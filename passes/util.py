@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from paring.ir.graph import Graph, Loc, Node, rebuild
-from paring.ir.op import Array
+from paring.ir.op import Array, Op
 from paring.ir.ops import conv, linear
 from paring.ir.ops.core import Const
 from paring.ir.ops.shape import Broadcast, Reshape
+
+Row = TypeVar("Row")
 
 
 def is_const(node: Node) -> bool:
@@ -35,6 +38,11 @@ def is_plain(layer: Node) -> bool:
         case linear.Linear(weight_layout="OI", features=None):
             return True
     return False
+
+
+def by_class(table: Mapping[type[Op], Row], op: Op) -> Row | None:
+    """The row of an operator's class, or of the nearest class that it is derived from."""
+    return next((table[cls] for cls in type(op).__mro__ if cls in table), None)
 
 
 def channel_axis(layer: Node) -> int:

@@ -108,8 +108,7 @@ def knobs(anchor: Node, target: Target) -> AttentionKnobs:
 
 
 def emit(kernel: Kernel, anchor: Node, settings: AttentionKnobs) -> None:
-    macs = anchor.macs
-    each_head(kernel, anchor, settings, Head, macs // 20)
+    each_head(kernel, anchor, settings, Head, anchor.macs // 20)
 
 
 def each_head(kernel: Kernel, anchor: Node, settings: AttentionKnobs, make: Callable[..., Any], work: int) -> None:

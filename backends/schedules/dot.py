@@ -47,6 +47,8 @@ class Dot:
 
 
 FLOAT = Dot()
+# Four bytes with their highest bits flipped: from one sign to the other.
+FLIP = -0x7F7F7F80
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class _OneSign(_Bytes):
         return self.signed != self.takes_signed
 
     def code(self, pixel: Value) -> Value:
-        return pixel ^ constant(-0x7F7F7F80, "int32") if self.uniform else pixel
+        return pixel ^ constant(FLIP, "int32") if self.uniform else pixel
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from paring.backends.lowerings.product import masked
 from paring.backends.quantized import weight_place, weight_share
 from paring.backends.schedules.attention import AttentionKnobs, Sizes, each_head, only_attention
 from paring.backends.schedules.attention import knobs as knobs
-from paring.backends.schedules.dot import Dot, dot_for
+from paring.backends.schedules.dot import FLIP, Dot, dot_for
 from paring.backends.schedules.elementwise import pieces
 from paring.backends.schedules.tiles import Accumulators, Run, balanced, duration, runs
 from paring.backends.tables import look_up
@@ -26,9 +26,6 @@ from paring.backends.vecmath import bind, cast, full, reinterpret
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.attention import MOST_SUM, IntegerAttention
 from paring.ir.types import BYTES
-
-# Four bytes with their highest bits flipped: from one sign to the other.
-FLIP = -0x7F7F7F80
 
 
 def find(body: Graph, target: Target) -> Node | None:

@@ -99,6 +99,11 @@ class ScaledDotProductAttention(Op):
 MOST_SUM = 1 << 29
 
 
+def sums_fit(inner: int, keys: int) -> bool:
+    """Whether sums of products of bytes, over the inner size or over the keys, stay within MOST_SUM."""
+    return max(inner, keys) << 16 <= MOST_SUM
+
+
 @dataclass(frozen=True)
 class IntegerAttention(Op):
     """Attention on 8-bit q (B, H, L, E), k (B, H, S, E), v (B, H, S, EV), each of its own dtype, as float32 (B, H, L, EV).
@@ -125,7 +130,7 @@ class IntegerAttention(Op):
         _require_fit(q, k, v)
         require(k.shape[2] > 0, "there are no keys", why=f"{k}")
         require(table.dtype == "uint8" and table.shape == (256,), "a table has 256 entries of uint8", why=f"{table}")
-        require(max(q.shape[3], k.shape[2]) << 16 <= MOST_SUM, "a sum may leave 32 bits", why=f"{q}, {k}")
+        require(sums_fit(q.shape[3], k.shape[2]), "a sum may leave 32 bits", why=f"{q}, {k}")
         for mask in types[4:]:
             kept = mask.dtype == "bool" and mask.shape == (*q.shape[:3], k.shape[2])
             require(kept, "the mask does not fit", why=f"{mask}, wanted bool {(*q.shape[:3], k.shape[2])}")

@@ -38,7 +38,6 @@ class AdaRound(Pass):
 
     name = "adaround"
     contract = Lossy("noise", math.inf)
-    lossy = True
     calibrated = True
     after = ("quantize",)
     iterations: int = 500

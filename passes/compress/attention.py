@@ -14,7 +14,7 @@ import numpy as np
 
 from paring.ir.graph import Node
 from paring.ir.ops import quantized
-from paring.ir.ops.attention import MOST_SUM, IntegerAttention, ScaledDotProductAttention
+from paring.ir.ops.attention import IntegerAttention, ScaledDotProductAttention, sums_fit
 from paring.passes.compress.observers import Affine
 from paring.passes.util import constant
 
@@ -27,8 +27,7 @@ def fits(node: Node) -> bool:
     """Whether an attention can be computed on integers: no float mask, sums within 32 bits, larger scores counting more."""
     attend, (q, k) = node.op, (operand.type.shape for operand in node.inputs[:2])
     assert isinstance(attend, ScaledDotProductAttention)
-    small = max(q[3], k[2]) << 16 <= MOST_SUM
-    return small and all(mask.type.dtype == "bool" for mask in node.inputs[3:]) and attend.scale_for(q[3]) > 0
+    return sums_fit(q[3], k[2]) and all(mask.type.dtype == "bool" for mask in node.inputs[3:]) and attend.scale_for(q[3]) > 0
 
 
 def on_integers(node: Node, inputs: Sequence[Node], params: Sequence[Affine]) -> Node:

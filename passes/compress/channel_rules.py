@@ -292,7 +292,8 @@ def reshape(flow: Flow, node: Node) -> Value:
             for a in new:
                 dims[a] = after[a]
     labels, rest = (np.broadcast_to(array, full).reshape(dims) for array in (x.labels, x.rest))
-    same = [a for a in range(len(dims)) if a not in varying(labels)]
+    apart = varying(labels)
+    same = [a for a in range(len(dims)) if a not in apart]
     return Value(_shortened(labels, same), one_value(rest, same), _bound(node))
 
 

@@ -19,6 +19,7 @@ from paring.ir.op import Array, Op
 from paring.ir.ops.core import Const, Input
 from paring.ir.ops.shape import Broadcast
 from paring.passes.compress.labels import Coupling, Value, one_value, slices_apart, varying
+from paring.passes.util import by_class
 
 ALL = "they are all that some value has"
 GRID = "they form a grid with others, of which whole rows go"
@@ -68,7 +69,7 @@ class Flow:
             return self.unknown(node, f"input {node.op.label!r}")
         if isinstance(node.op, Const) or (node.inputs and all(self.values[i] is None for i in node.inputs)):
             return None
-        rule = next((rules[cls] for cls in type(node.op).__mro__ if cls in rules), None)
+        rule = by_class(rules, node.op)
         empty = any(i.type.size == 0 for i in (node, *node.inputs))
         return self.mixed(node) if rule is None or empty else rule(self, node)
 

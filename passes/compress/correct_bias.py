@@ -24,7 +24,6 @@ class CorrectBias(Pass):
 
     name = "correct-bias"
     contract = Lossy("noise", math.inf)
-    lossy = True
     calibrated = True
     after = ("quantize",)
 

@@ -15,7 +15,7 @@ from paring.ir.ops import ELEMENTWISE, attention, conv, linear, norm, shape
 from paring.ir.ops.core import Const
 from paring.passes.compress.channels import Channels, Group
 from paring.passes.compress.rescale import is_layer
-from paring.passes.util import channel_axis, const_value, constant, with_operands
+from paring.passes.util import by_class, channel_axis, const_value, constant, with_operands
 
 Operands = Sequence[Node]
 Removed = Mapping[Node, Array]
@@ -87,7 +87,7 @@ class Knife:
         cuts = [self.cut(i) for i in node.inputs]
         if self.cut(node) is None and not any(cuts):
             return node.with_inputs(inputs)
-        rule = next((SHRINK[cls] for cls in type(node.op).__mro__ if cls in SHRINK), _as_it_is)
+        rule = by_class(SHRINK, node.op) or _as_it_is
         op, operands = rule(self, node, inputs)
         return Node(op, operands, node.loc)
 

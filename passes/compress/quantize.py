@@ -40,7 +40,6 @@ class Quantize(Pass):
 
     name = "quantize"
     contract = Lossy("metric", math.inf)
-    lossy = True
     calibrated = True
     calibrator: str = "mse"
     activations: str = "uint8"

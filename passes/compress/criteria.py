@@ -1,53 +1,129 @@
-"""How much a channel matters, as a table: a layer gives one figure for each of its output channels, the least goes first."""
+"""How much a weight or a channel matters, as a table: a criterion scores a layer's weights, its output channels, or both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
-from paring.ir.graph import Node
+from paring.ir.errors import ArgumentError, nearest
+from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
-from paring.passes.compress.channels import Group
+from paring.passes.compress.calibrate import check_calibration
+from paring.passes.compress.channels import Channels, Group
+from paring.passes.rewriter import Context
 from paring.passes.util import const_value
 
-Criterion = Callable[[Node, np.random.Generator], Array]
+Found = TypeVar("Found")
 
 
-def _rows(layer: Node) -> Array:
-    """(channels, weights of each) in float64."""
-    weight = const_value(layer.inputs[1])
-    return weight.reshape(weight.shape[0], -1).astype(np.float64)
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a criterion may look at besides a layer.
+
+    `layers`: all that are asked about in one run, of `graph`. `context`: calibration data, who runs a graph on them, and
+    whom to tell of progress. `channels`: how the channels of the graph hang together, where channels are judged.
+    """
+
+    graph: Graph
+    layers: Sequence[Node]
+    context: Context
+    rng: np.random.Generator
+    channels: Channels | None = None
+    _known: dict[Callable[..., Any], Any] = field(default_factory=dict)
+
+    def once(self, gather: Callable[[Evidence], Found]) -> Found:
+        """`gather(self)`, computed when it is first asked for: statistics of all layers in one run over the data."""
+        if gather not in self._known:
+            self._known[gather] = gather(self)
+        return self._known[gather]
 
 
-def l1(layer: Node, rng: np.random.Generator) -> Array:
-    """The sum of |weight| (Li et al. 2017)."""
-    return np.abs(_rows(layer)).sum(1)
+Judge = Callable[[Node, Evidence], Array]
 
 
-def l2(layer: Node, rng: np.random.Generator) -> Array:
-    """The Euclidean norm of the weights."""
-    return np.sqrt((_rows(layer) ** 2).sum(1))
+@dataclass(frozen=True)
+class Criterion:
+    """Scores in float64, the least go first; None where a criterion does not know such a thing.
+
+    `weights`: one for each weight of a layer, of the weight's shape. `channels`: one for each output channel, shape
+    (channels,). `data`: whether it looks at calibration data, which are checked before it is asked.
+    """
+
+    weights: Judge | None
+    channels: Judge | None
+    data: bool = False
 
 
-def random(layer: Node, rng: np.random.Generator) -> Array:
+def magnitude(layer: Node, evidence: Evidence) -> Array:
+    """|weight|."""
+    return np.abs(const_value(layer.inputs[1]).astype(np.float64))
+
+
+def squared(layer: Node, evidence: Evidence) -> Array:
+    """weight^2."""
+    return magnitude(layer, evidence) ** 2
+
+
+def of_rows(weights: Judge) -> Judge:
+    """The sum over the weights that make a channel."""
+
+    def judge(layer: Node, evidence: Evidence) -> Array:
+        found = weights(layer, evidence)
+        return found.reshape(found.shape[0], -1).sum(1)
+
+    return judge
+
+
+def euclidean(layer: Node, evidence: Evidence) -> Array:
+    """The Euclidean norm of the weights that make a channel."""
+    return np.sqrt(of_rows(squared)(layer, evidence))
+
+
+def random_weights(layer: Node, evidence: Evidence) -> Array:
     """Nothing but chance, as a control."""
-    return rng.random(layer.inputs[1].type.shape[0])
+    return evidence.rng.random(layer.inputs[1].type.shape)
 
 
-CRITERIA: dict[str, Criterion] = {"l1": l1, "l2": l2, "random": random}
+def random_channels(layer: Node, evidence: Evidence) -> Array:
+    """Nothing but chance, as a control."""
+    return evidence.rng.random(layer.inputs[1].type.shape[0])
 
 
-def scores(groups: list[Group], criterion: Criterion, seed: int) -> Mapping[int, float]:
-    """For each group the mean over its channels, each relative to the mean of its layer.
+CRITERIA: dict[str, Criterion] = {
+    "l1": Criterion(magnitude, of_rows(magnitude)),  # Li et al. 2017
+    "l2": Criterion(squared, euclidean),
+    "random": Criterion(random_weights, random_channels),
+}
+CHANNEL_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if criterion.channels)
+WEIGHT_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if criterion.weights)
+
+
+def check_choice(who: str, option: str, value: str, known: Iterable[str]) -> None:
+    """Raise ArgumentError for an option of a pass that is none of those known."""
+    names = tuple(known)
+    if value not in names:
+        raise ArgumentError(f"pass {who}: {option} is {value!r}", hint=nearest(value, names, f"one of {', '.join(names)}"))
+
+
+def check_evidence(who: str, criterion: str, graph: Graph, context: Context) -> None:
+    """Raise ArgumentError where a criterion looks at calibration data and there are none, InputError for bad ones."""
+    if CRITERIA[criterion].data:
+        check_calibration(graph, context, f"{who}{{criterion={criterion!r}}}")
+
+
+def channel_scores(groups: Sequence[Group], criterion: str, evidence: Evidence) -> Mapping[int, float]:
+    """By its number for each group the mean over its channels, each relative to the mean of its layer.
 
     Layers of different size so count the same, within a group and between groups.
     """
-    rng = np.random.default_rng(seed)
-    layers = dict.fromkeys(layer for group in groups for layer in group.channels)
+    judge = CRITERIA[criterion].channels
+    assert judge is not None
     relative: dict[Node, Array] = {}
-    for layer in layers:
-        found = criterion(layer, rng)
+    for layer in evidence.layers:
+        found = judge(layer, evidence)
         mean = found.mean()
         relative[layer] = found / mean if mean > 0 else np.zeros_like(found)
     return {

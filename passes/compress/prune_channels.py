@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paring.ir.errors import ArgumentError, nearest
+from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.passes.base import Pass
 from paring.passes.compress.channel_rules import channels_of
 from paring.passes.compress.channels import Channels, Group
-from paring.passes.compress.criteria import CRITERIA, scores
+from paring.passes.compress.criteria import CHANNEL_CRITERIA, Evidence, channel_scores, check_choice, check_evidence
 from paring.passes.compress.cut import removed_by, without
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
@@ -37,6 +37,7 @@ class PruneChannels(Pass):
     contract = Lossy("metric", math.inf)
     before = ("equalize", "smooth", "quantize")
     least = {"round_to": 0, "seed": 0}
+    calibrated = True
     ratio: float = 0.5
     criterion: str = "l2"
     scope: str = "layer"
@@ -47,16 +48,13 @@ class PruneChannels(Pass):
         super().check()
         if not 0 <= self.ratio < 1:
             raise ArgumentError(f"pass {self.name}: ratio is {self.ratio}", hint="a share of channels: 0 or more, less than 1")
-        for option, known in (("criterion", tuple(CRITERIA)), ("scope", SCOPES)):
-            value = getattr(self, option)
-            if value not in known:
-                hint = nearest(value, known, f"one of {', '.join(known)}")
-                raise ArgumentError(f"pass {self.name}: {option} is {value!r}", hint=hint)
+        check_choice(self.name, "criterion", self.criterion, CHANNEL_CRITERIA)
+        check_choice(self.name, "scope", self.scope, SCOPES)
 
-    def plan(self, graph: Graph) -> dict[Node, Array]:
-        """By layer the output channels that the pass removes, for `masked`."""
+    def plan(self, graph: Graph, context: Context | None = None) -> dict[Node, Array]:
+        """By layer the output channels that the pass removes, for `masked`; with a context where the criterion looks at data."""
         channels = channels_of(graph)
-        return removed_by(self._chosen(channels, Context()))
+        return removed_by(self._chosen(channels, context or Context()))
 
     def run(self, graph: Graph, context: Context) -> Graph:
         channels = channels_of(graph)
@@ -71,7 +69,11 @@ class PruneChannels(Pass):
     def _chosen(self, channels: Channels, context: Context) -> list[Group]:
         """The groups that go, of each family those that matter least."""
         families = channels.families()
-        rank = scores(list(channels.groups), CRITERIA[self.criterion], self.seed)
+        graph = channels.flow.graph
+        check_evidence(self.name, self.criterion, graph, context)
+        layers = tuple(dict.fromkeys(layer for group in channels.groups for layer in group.channels))
+        evidence = Evidence(graph, layers, context, np.random.default_rng(self.seed), channels)
+        rank = channel_scores(channels.groups, self.criterion, evidence)
         keep = self._shares(families, rank) if self.scope == SCOPES[1] else [_staying(len(f), self.ratio) for f in families]
         chosen: list[Group] = []
         for family, count in zip(families, keep, strict=True):

@@ -10,6 +10,7 @@ from paring.passes.canonicalize import Canonicalize
 from paring.passes.compress.adaround import AdaRound
 from paring.passes.compress.correct_bias import CorrectBias
 from paring.passes.compress.equalize import Equalize
+from paring.passes.compress.finetune import FineTune
 from paring.passes.compress.prune_channels import PruneChannels
 from paring.passes.compress.quantize import Quantize
 from paring.passes.compress.smooth import Smooth
@@ -31,7 +32,9 @@ PASSES: dict[str, type[Pass]] = {
     for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, FoldQdq, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
 }
 
-LOSSY: dict[str, type[Pass]] = {cls.name: cls for cls in (PruneChannels, Equalize, Smooth, Quantize, AdaRound, CorrectBias)}
+LOSSY: dict[str, type[Pass]] = {
+    cls.name: cls for cls in (PruneChannels, FineTune, Equalize, Smooth, Quantize, AdaRound, CorrectBias)
+}
 """Those that may change what is computed; no pipeline below has one."""
 
 HOW = "give passes by name, like 'cse, layout{block=16}', or objects: [Cse(), 'dce']"

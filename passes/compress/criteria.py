@@ -11,6 +11,7 @@ import numpy as np
 from paring.ir.errors import ArgumentError, nearest
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
+from paring.passes.compress import slopes
 from paring.passes.compress.calibrate import check_calibration
 from paring.passes.compress.channels import Channels, Group
 from paring.passes.rewriter import Context
@@ -49,12 +50,14 @@ class Criterion:
     """Scores in float64, the least go first; None where a criterion does not know such a thing.
 
     `weights`: one for each weight of a layer, of the weight's shape. `channels`: one for each output channel, shape
-    (channels,). `data`: whether it looks at calibration data, which are checked before it is asked.
+    (channels,). `data`: whether it looks at calibration data, which are checked before it is asked. `comparable`: whether
+    scores of channels mean the same in all layers, like the change of a loss; others are made relative to their layer's mean.
     """
 
     weights: Judge | None
     channels: Judge | None
     data: bool = False
+    comparable: bool = False
 
 
 def magnitude(layer: Node, evidence: Evidence) -> Array:
@@ -96,6 +99,8 @@ CRITERIA: dict[str, Criterion] = {
     "l1": Criterion(magnitude, of_rows(magnitude)),  # Li et al. 2017
     "l2": Criterion(squared, euclidean),
     "random": Criterion(random_weights, random_channels),
+    "taylor": Criterion(slopes.taylor_weights, slopes.taylor_channels, data=True, comparable=True),  # Molchanov et al. 2019
+    "snip": Criterion(slopes.snip, of_rows(slopes.snip), data=True, comparable=True),  # Lee et al. 2019
 }
 CHANNEL_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if criterion.channels)
 WEIGHT_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if criterion.weights)
@@ -117,16 +122,18 @@ def check_evidence(who: str, criterion: str, graph: Graph, context: Context) -> 
 def channel_scores(groups: Sequence[Group], criterion: str, evidence: Evidence) -> Mapping[int, float]:
     """By its number for each group the mean over its channels, each relative to the mean of its layer.
 
-    Layers of different size so count the same, within a group and between groups.
+    Layers of different size so count the same, within a group and between groups. Where scores of all layers are comparable,
+    it is their sum over the group.
     """
-    judge = CRITERIA[criterion].channels
+    judge, comparable = CRITERIA[criterion].channels, CRITERIA[criterion].comparable
     assert judge is not None
     relative: dict[Node, Array] = {}
     for layer in evidence.layers:
         found = judge(layer, evidence)
-        mean = found.mean()
+        mean = 1.0 if comparable else found.mean()
         relative[layer] = found / mean if mean > 0 else np.zeros_like(found)
+    together = np.sum if comparable else np.mean
     return {
-        group.number: float(np.concatenate([relative[layer][places] for layer, places in group.channels.items()]).mean())
+        group.number: float(together(np.concatenate([relative[layer][places] for layer, places in group.channels.items()])))
         for group in groups
     }

@@ -98,7 +98,9 @@ def _advance(result: Result, step: int, transformation: Pass, context: Context, 
     figure = measured.after(transformation, graph, after, context) if changed else None
     promise = transformation.promise(context) if changed else Exact()
     entry = Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure)
-    entries.append(dataclasses.replace(entry, sqnr=dict(context.sqnr), notes=tuple(context.notes)))
+    entries.append(
+        dataclasses.replace(entry, sqnr=dict(context.sqnr), conversion=dict(context.conversion), notes=tuple(context.notes))
+    )
     result.declined.extend((transformation.name, rewrite, why) for rewrite, why in context.declined)
     if changed:
         result.stages.append((str(transformation), after))

@@ -52,8 +52,8 @@ class Context:
     For lossy passes also `calibration` (batches of inputs), `run` (runs a graph, perhaps faster than the interpreter), the
     user's `metric` of a graph, higher is better, whom to `tell` of progress, and the graphs of `earlier` stages; `finetune`,
     which trains a graph, and `gradients` of a loss, both None where there are none; the `machine` that is compiled for, and
-    `time`, which measures a graph there, None where it is not at hand. They write the SQNR of each layer (dB) and `notes` for
-    the ledger, and what they `promise` where that is only known afterwards.
+    `time`, which measures a graph there, None where it is not at hand. They write the SQNR of each layer (dB), its `conversion`
+    efficiency, and `notes` for the ledger, and what they `promise` where that is only known afterwards.
     """
 
     fuel: int | None = None
@@ -69,6 +69,7 @@ class Context:
     machine: Machine = SOME_MACHINE
     time: Time | None = None
     sqnr: dict[str, float] = field(default_factory=dict)
+    conversion: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     promise: Contract | None = None
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -98,9 +97,7 @@ def _advance(result: Result, step: int, transformation: Pass, context: Context, 
     figure = measured.after(transformation, graph, after, context) if changed else None
     promise = transformation.promise(context) if changed else Exact()
     entry = Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure)
-    entries.append(
-        dataclasses.replace(entry, sqnr=dict(context.sqnr), conversion=dict(context.conversion), notes=tuple(context.notes))
-    )
+    entries.append(replace(entry, sqnr=context.sqnr, conversion=context.conversion, notes=tuple(context.notes)))
     result.declined.extend((transformation.name, rewrite, why) for rewrite, why in context.declined)
     if changed:
         result.stages.append((str(transformation), after))

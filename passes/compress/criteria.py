@@ -19,6 +19,10 @@ from paring.passes.util import const_value
 
 Found = TypeVar("Found")
 
+SCOPES = ("layer", "global")
+# A share is meant exactly: 0.29 of 100 is 29, though the product in floats is less.
+SLACK = 1e-9
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -50,13 +54,15 @@ class Criterion:
     """Scores in float64, the least go first; None where a criterion does not know such a thing.
 
     `weights`: one for each weight of a layer, of the weight's shape. `channels`: one for each output channel, shape
-    (channels,). `data`: whether it looks at calibration data, which are checked before it is asked. `comparable`: whether
-    scores of channels mean the same in all layers, like the change of a loss; others are made relative to their layer's mean.
+    (channels,); 0 or more. `data`: whether it looks at calibration data, which are checked before it is asked. `rows`:
+    whether scores of weights only compare within one output channel. `comparable`: whether scores of channels mean the same in
+    all layers, like the change of a loss; others are made relative to their layer's mean.
     """
 
     weights: Judge | None
     channels: Judge | None
     data: bool = False
+    rows: bool = False
     comparable: bool = False
 
 

@@ -15,16 +15,20 @@ from paring.ir.op import Array
 from paring.passes.base import Pass
 from paring.passes.compress.channel_rules import channels_of
 from paring.passes.compress.channels import Channels, Group
-from paring.passes.compress.criteria import CHANNEL_CRITERIA, Evidence, channel_scores, check_choice, check_evidence
+from paring.passes.compress.criteria import (
+    CHANNEL_CRITERIA,
+    SCOPES,
+    SLACK,
+    Evidence,
+    channel_scores,
+    check_choice,
+    check_evidence,
+)
 from paring.passes.compress.cut import removed_by, without
 from paring.passes.compress.families import Families
 from paring.passes.compress.paying import keep_what_pays
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
-
-SCOPES = ("layer", "global")
-# A share of channels is meant exactly: 0.29 of 100 is 29, though the product in floats is less.
-SLACK = 1e-9
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ def _batches(evidence: Evidence) -> Iterator[Mapping[tuple[Node, int], Array]]:
         context.tell("gradients", number, total)
         found = {}
         for layer in evidence.layers:
-            for place in range(1, len(layer.inputs)):
-                value = const_value(layer.inputs[place]).astype(np.float64)
-                found[layer, place] = gradients.get((layer, place), np.zeros(value.shape)) * value
+            for place, operand in enumerate(layer.inputs[1:], 1):
+                if (layer, place) in gradients:
+                    found[layer, place] = gradients[layer, place] * const_value(operand)
         yield found
     context.tell("gradients", total, total)
 
@@ -56,7 +56,7 @@ def _squared_weight_changes(evidence: Evidence) -> Figures:
 
 def _squared_channel_changes(evidence: Evidence) -> Figures:
     def joint(layer: Node, products: Mapping[tuple[Node, int], Array]) -> Array:
-        parts = [products[layer, place] for place in range(1, len(layer.inputs))]
+        parts = [products[layer, place] for place in (1, 2) if (layer, place) in products]
         change: Array = sum(part.reshape(part.shape[0], -1).sum(1) for part in parts)
         return change**2
 

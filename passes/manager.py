@@ -63,8 +63,8 @@ def run_pipeline(
     verify(graph)
     result = Result(graph, Ledger(), [("import", graph)])
     measured = _Metric(metric, any(p.lossy for p in passes))
-    data = {"calibration": calibration, "run": run, "metric": measured.function, "tell": tell}
-    context = partial(Context, **data, finetune=finetune, gradients=gradients, machine=machine, time=time)
+    tools = partial(Context, finetune=finetune, gradients=gradients, machine=machine, time=time)
+    context = partial(tools, calibration=calibration, run=run, metric=measured.function, tell=tell)
     try:
         for step, transformation in enumerate(passes, 1):
             if progress:

@@ -15,6 +15,7 @@ from paring.passes.compress.finetune import FineTune
 from paring.passes.compress.import_masks import ImportMasks
 from paring.passes.compress.prune_channels import PruneChannels
 from paring.passes.compress.prune_pattern import PrunePattern
+from paring.passes.compress.prune_search import PruneSearch
 from paring.passes.compress.prune_weights import PruneBlock, PruneKernel, PruneNm, PruneUnstructured, PruneVector
 from paring.passes.compress.quantize import Quantize
 from paring.passes.compress.smooth import Smooth
@@ -40,7 +41,7 @@ LOSSY: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
         *(ImportMasks, PruneChannels, PruneUnstructured, PruneNm, PruneBlock, PruneVector, PruneKernel, PrunePattern),
-        *(FineTune, Equalize, Smooth, Quantize, AdaRound, CorrectBias),
+        *(PruneSearch, FineTune, Equalize, Smooth, Quantize, AdaRound, CorrectBias),
     )
 }
 """Those that may change what is computed; no pipeline below has one."""

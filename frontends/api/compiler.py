@@ -20,6 +20,7 @@ from paring.ir.interpreter import interpret
 from paring.ir.ops.core import Input
 from paring.network import Network, Version, graph_call
 from paring.passes.base import Pass
+from paring.passes.compress.criteria import GRADIENT_CRITERIA
 from paring.passes.compress.finetune import FineTune
 from paring.passes.manager import run_pipeline
 from paring.passes.pipelines import parse_pipeline, with_users
@@ -80,9 +81,8 @@ def compile(
             from the program reached there (`paring.to_torch(graph, keep_zeros=True)`: weights that a pass made zero stay zero,
             parameters have the names of the model's), trains it in place, and returns it or nothing.
         loss: what criteria with gradients (taylor, snip) descend on: takes the model's outputs, as torch tensors, and the
-            number of the calibration batch, and returns a tensor of one element. Without it a network with one output of
-            (batch, classes) is judged by the cross entropy against its own predictions; any other by the sum of its outputs in
-            a random direction (signs by chance, others for each batch), whose gradients show how far a weight moves them.
+            number of the calibration batch, and returns a tensor of one element. Without it the sum of all outputs with random
+            signs, others for each batch: the square of its gradient is on average how far a weight moves the outputs.
         dump: a folder for the IR after each changing pass, written when a pass fails too; by default the environment variable
             PARING_DUMP.
         device: where a foreign target's code runs: "emulator" or "rpc://127.0.0.1:PORT".
@@ -131,6 +131,10 @@ def _check_used(options: Options) -> None:
     calibrated = any(each.calibrated for each in options.passes)
     if options.calibration and not calibrated:
         raise ArgumentError("calibration data were given, but no pass that uses them", hint="leave `calibration` out")
+    sloped = any(getattr(each, "criterion", "") in GRADIENT_CRITERIA for each in options.passes)
+    if options.loss is not None and not sloped:
+        hint = f"criterion={' or '.join(map(repr, GRADIENT_CRITERIA))}, or leave `loss` out"
+        raise ArgumentError("a loss was given, but no pass whose criterion takes gradients", hint=hint)
     trains = any(each.name == FineTune.name for each in options.passes)
     if options.finetune is not None and not trains:
         hint = "name it where it should run: passes='prune-channels{ratio=0.3}, finetune, prune-channels{ratio=0.3}, finetune'"

@@ -16,6 +16,7 @@ Hook = Callable[[Any], Any]
 Loss = Callable[[Any, int], Any]
 # The same directions for the same outputs, whatever else was drawn.
 SEED = 0
+SIGNS = np.array([-1.0, 1.0])
 
 
 def fine_tuner(hook: Hook | None) -> Callable[[Graph], Graph] | None:
@@ -79,18 +80,15 @@ def loss_gradients(
 
 
 def _own_loss(outputs: Sequence[Any], number: int) -> Any:
-    """What is descended on without labels: see `paring.compile`."""
+    """The sum of all float outputs in a random direction: see `paring.compile`."""
     import torch
 
     floats = [y for y in outputs if y.is_floating_point()]
-    if len(floats) == 1 and floats[0].dim() == 2 and floats[0].shape[1] > 1:
-        return torch.nn.functional.cross_entropy(floats[0], floats[0].argmax(1))
-    rng = np.random.default_rng((SEED, number))
-    signs = [torch.from_numpy(rng.choice(np.array([-1.0, 1.0]), tuple(y.shape))).to(y.dtype) for y in floats]
-    products = [(y * s).sum() for y, s in zip(floats, signs, strict=True)]
-    if not products:
+    if not floats:
         raise ArgumentError("the network has no float output to take gradients of", hint="a criterion without gradients: l2")
-    return torch.stack(products).sum()
+    rng = np.random.default_rng((SEED, number))
+    signs = [torch.from_numpy(rng.choice(SIGNS, tuple(y.shape))).to(y.dtype) for y in floats]
+    return torch.stack([(y * s).sum() for y, s in zip(floats, signs, strict=True)]).sum()
 
 
 def _users_loss(loss: Loss, outputs: Sequence[Any], number: int, signature: Signature) -> Any:

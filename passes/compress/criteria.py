@@ -108,6 +108,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": Criterion(slopes.taylor_weights, slopes.taylor_channels, data=True, comparable=True),  # Molchanov et al. 2019
     "snip": Criterion(slopes.snip, of_rows(slopes.snip), data=True, comparable=True),  # Lee et al. 2019
 }
+GRADIENT_CRITERIA = ("taylor", "snip")
 CHANNEL_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if criterion.channels)
 WEIGHT_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if criterion.weights)
 

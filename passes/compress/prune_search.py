@@ -38,12 +38,12 @@ Step = tuple[float, int, int]
 class PruneSearch(Pass):
     """Removes channels where they cost most for what they are worth, until a share of the dense network's cost is left.
 
-    One of `channels`, `macs`, `size` (bytes of parameters) and `latency`: the share that may be left. Latency is measured where the target's
-    code runs on this host, else modelled from multiply-adds and bytes; the ledger says which. First a scan: each family of
-    coupled channels alone becomes narrower, and how far the user's metric falls, or without one how noisy the outputs become
-    on calibration data, goes into the ledger; a budget of 1.0 does only that. `method`: greedy takes what does least damage for
-    the cost it saves, damages being added; evolutionary starts there, and tries mutations of it on the whole network, by
-    `seed`. `criterion`, `round_to` and `measure` are those of prune-channels.
+    One of `channels`, `macs`, `size` (bytes of parameters) and `latency`: the share that may be left. Latency is measured where
+    the target's code runs on this host, else modelled from multiply-adds and bytes; the ledger says which. First a scan: each
+    family of coupled channels alone becomes narrower, and how far the user's metric falls, or without one how much of the outputs
+    is lost on calibration data, goes into the ledger; a budget of 1.0 does only that. `method`: greedy takes what does least
+    damage for the cost it saves, damages being added; evolutionary starts there, and tries mutations of it on the whole
+    network, by `seed`. `criterion`, `round_to` and `measure` are those of prune-channels.
     """
 
     name = "prune-search"
@@ -88,7 +88,9 @@ class PruneSearch(Pass):
         decline_stays(self.name, families.channels, context)
         judge = Judge(graph, context)
         curves = scan(families, judge, context)
-        context.notes.extend(table(families, curves, "the metric lost" if context.metric else "noise power of the outputs"))
+        context.notes.extend(
+            table(families, curves, "the metric lost" if context.metric else "noise over signal of the outputs, as powers")
+        )
         exact = Exact(self, families, context)
         path = greedy_path(families, curves, Costs(families, self.kind, context.machine))
         keep = exact.first_within(path)
@@ -118,8 +120,8 @@ class Exact:
         least = self.share(path[high])
         if least > self.search.budget:
             what = f"pass {self.search.name}: {self.search.kind}={self.search.budget:g} cannot be reached"
-            why = f"with all channels gone that can go {least:.1%} are left"
-            raise ArgumentError(what, why=why, hint="paring why-not says which channels stay, and why")
+            why = f"with the most gone that was tried of each family {least:.1%} are left"
+            raise ArgumentError(what, why=why, hint="paring why-not says which channels stay, and why; round_to=1 leaves fewer")
         while low < high:
             self.context.tell("budget", low, len(path))
             middle = (low + high) // 2
@@ -156,7 +158,7 @@ def _step(families: Families, curves: Sequence[Curve], costs: Costs, keep: list[
     """(damage for each unit of cost, family, groups that stay) of narrowing a family, to the level where that is least."""
     family, old = families.families[place], keep[place]
     before, found = costs.of(place, keep), None
-    lower = [level for level in family.levels if level < old]
+    lower = [level for level in family.levels if level < old and curves[place].was_tried(1 - level / len(family))]
     for level in lower[:: max(1, len(lower) // LEVELS)]:
         keep[place] = level
         saved = before - costs.of(place, keep)

@@ -20,8 +20,8 @@ from paring.passes.rewriter import Tell
 
 Arrays = list[np.ndarray]
 
-# Below this many multiply-adds the interpreter is done before a compiler is.
-COMPILED_FROM_MACS = 20_000_000
+# Below this many multiply-adds the interpreter is done before torch is there, or a compiler.
+QUICK_FROM_MACS = 20_000_000
 
 
 def collect(calibration: Iterable[Any] | None) -> tuple[Any, ...]:
@@ -86,7 +86,7 @@ class HostRun:
         return list(interpret(graph, arrays) if self.executable is None else self.executable.run(arrays))
 
     def _open(self, graph: Graph) -> Any:
-        if self.target.device != "host" or measure(graph).macs < COMPILED_FROM_MACS:
+        if self.target.device != "host" or measure(graph).macs < QUICK_FROM_MACS:
             return None
         try:
             return EagerExecutable(graph)

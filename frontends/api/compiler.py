@@ -77,9 +77,8 @@ def compile(
         metric: takes a callable network and returns a number, higher is better; its value goes into the ledger, after each
             lossy pass where there are some, else after each pass that changed something. Lossy passes run without one too;
             the ledger then says so.
-        finetune: trains a network wherever the pass `finetune` stands among `passes`. It is called with a torch module rebuilt
-            from the program reached there (`paring.to_torch(graph, keep_zeros=True)`: weights that a pass made zero stay zero,
-            parameters have the names of the model's), trains it in place, and returns it or nothing.
+        finetune: trains a network wherever the pass `finetune` stands among `passes`: it is given the program reached there as
+            a torch module (`paring.to_torch(graph, keep_zeros=True)`), trains that in place, and returns it or nothing.
         loss: what criteria with gradients (taylor, snip) descend on: takes the model's outputs, as torch tensors, and the
             number of the calibration batch, and returns a tensor of one element. Without it the sum of all outputs with random
             signs, others for each batch: the square of its gradient is on average how far a weight moves the outputs.

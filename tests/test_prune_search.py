@@ -220,8 +220,7 @@ def test_a_layer_that_became_slower_is_put_back_and_the_ledger_says_so() -> None
     assert widths(result.graph) == {"stem": 8, "0.first": 16, "0.second": 8, "1.first": 8, "1.second": 8, "classifier": 5}
     (entry,) = result.ledger.entries
     (undone,) = (note for note in entry.notes if note.startswith("undone"))
-    assert undone.startswith("undone: 0.first is slower with 8 channels of 0.first (207.4 us pruned, 82.9 us before)")
-    assert undone.endswith("put back")
+    assert undone == "undone: 8 channels of 0.first (0.first takes 207.4 us pruned, 82.9 us before): put back"
 
 
 def test_a_layer_is_rounded_up_to_the_next_cheaper_size() -> None:
@@ -229,6 +228,15 @@ def test_a_layer_is_rounded_up_to_the_next_cheaper_size() -> None:
     result = prune(ladder(), "ratio=0.5, round_to=2", time=timed(hates("1.first", 8, 10)), machine=machine)
     assert widths(result.graph)["1.first"] == 12
     assert "rounded up to 12 of 16 channels" in str(result.ledger)
+
+
+def test_a_layer_that_is_slower_stays_pruned_where_what_hangs_on_it_is_faster_by_more() -> None:
+    result = prune(
+        ladder(), "ratio=0.5, round_to=4", time=timed(lambda n: by_macs(n) * (5 if hates("0.first", 8)(n) > by_macs(n) else 1))
+    )
+    assert widths(result.graph)["0.first"] == 8
+    (said,) = (note for note in result.ledger.entries[0].notes if note.startswith("slower"))
+    assert said.endswith("1 layers, of which 0.first takes 103.7 us pruned, 82.9 us before")
 
 
 def test_a_layer_whose_inputs_are_at_fault_gets_them_back() -> None:

@@ -16,7 +16,7 @@ from paring.ir.op import Array
 from paring.ir.ops import conv, linear
 from paring.passes.compress.criteria import CRITERIA, Evidence
 from paring.passes.compress.rescale import is_layer
-from paring.passes.compress.units import Names
+from paring.passes.compress.units import Names, is_quantized_weight
 from paring.passes.ledger import SHOWN_LAYERS
 from paring.passes.rewriter import Context
 from paring.passes.util import const_value, is_const, with_operands
@@ -67,6 +67,8 @@ def _obstacle(layer: Node, users: Mapping[Node, Sequence[Node]]) -> str:
     """Why a layer's weight can have no mask; empty where it can."""
     if isinstance(layer.op, conv.ConvTranspose2d):
         return "it is a transposed convolution that does not decompose into plain ones"
+    if is_quantized_weight(layer.inputs[1]):
+        return "it is quantized"
     if not is_const(layer.inputs[1]):
         return "its weight is computed, not constant"
     if not is_layer(layer):

@@ -156,7 +156,8 @@ def check_choice(who: str, option: str, value: str, known: Iterable[str]) -> Non
     """Raise ArgumentError for an option of a pass that is none of those known."""
     names = tuple(known)
     if value not in names:
-        raise ArgumentError(f"pass {who}: {option} is {value!r}", hint=nearest(value, names, f"one of {', '.join(names)}"))
+        why = f"there are {', '.join(names)}"
+        raise ArgumentError(f"pass {who}: {option} is {value!r}", why=why, hint=nearest(value, names, ""))
 
 
 def check_evidence(who: str, criterion: str, graph: Graph, context: Context) -> None:

@@ -143,10 +143,10 @@ def _reconstruction_errors(evidence: Evidence) -> dict[int, float]:
 CRITERIA: dict[str, Criterion] = {
     "l1": Criterion(magnitude, of_rows(magnitude)),  # Li et al. 2017
     "l2": Criterion(squared, euclidean),
-    "random": Criterion(random_weights, random_channels),
     "wanda": Criterion(wanda, None, data=True, rows=True),
     "apoz": Criterion(None, apoz, data=True),
     "reconstruction": Criterion(None, reconstruction, data=True),
+    "random": Criterion(random_weights, random_channels),
 }
 CHANNEL_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if criterion.channels)
 WEIGHT_CRITERIA = tuple(name for name, criterion in CRITERIA.items() if criterion.weights)

@@ -273,7 +273,7 @@ def embedded() -> Graph:
         ("prune-unstructured{ratio=1.0}", "ratio is 1.0"),
         ("prune-vector{ratio=-0.1}", "ratio is -0.1"),
         ("prune-kernel{ratio=nan}", "ratio is nan"),
-        ("prune-unstructured{criterion='magnitude'}", "there are l1, l2, random, wanda"),
+        ("prune-unstructured{criterion='magnitude'}", "there are l1, l2, wanda, random"),
         ("prune-unstructured{criterion='apoz'}", "criterion is 'apoz'"),
         ("prune-channels{criterion='wanda'}", "criterion is 'wanda'"),
         ("prune-unstructured{scope='globally'}", "did you mean 'global'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from wrong_prune import WRONG_PRUNES, Mistake
 
 from paring.ir import Const, Graph, Input, Loc, Node, show
 from paring.ir.errors import ArgumentError, IRTypeError, ParingError
+from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, reduce, unary
 from paring.ir.verify import verify
 from paring.passes.compress.channel_rules import channels_of
@@ -46,10 +48,12 @@ def planted(plant: Plant, seed: int, exact: bool = True, size: int = 3) -> Graph
     raise AssertionError(f"{plant.__qualname__} builds nothing")
 
 
-def check_pruned(graph: Graph, prune: PruneChannels, exact: bool, seed: int = 0) -> int:
+def check_pruned(
+    graph: Graph, prune: PruneChannels, exact: bool, seed: int = 0, calibration: Sequence[Sequence[Array]] = ()
+) -> int:
     """Raise ParingError unless the graph without channels is the masked one; gives how many channels went."""
-    removed = prune.plan(graph)
-    after = run_pass(prune, graph, Context())
+    removed = prune.plan(graph, Context(calibration=calibration))
+    after = run_pass(prune, graph, Context(calibration=calibration))
     check_round_trip(after)
     before = masked(graph, removed)
     for offset in range(2):

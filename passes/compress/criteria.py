@@ -13,7 +13,9 @@ from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.passes.compress import slopes
 from paring.passes.compress.calibrate import check_calibration
+from paring.passes.compress.channel_evidence import reconstruction_errors, zero_shares
 from paring.passes.compress.channels import Channels, Group
+from paring.passes.compress.operands import see_operands
 from paring.passes.rewriter import Context
 from paring.passes.util import const_value
 
@@ -101,9 +103,52 @@ def random_channels(layer: Node, evidence: Evidence) -> Array:
     return evidence.rng.random(layer.inputs[1].type.shape[0])
 
 
+def wanda(layer: Node, evidence: Evidence) -> Array:
+    """|weight| times the norm of what it meets in calibration (Sun et al. 2023, equation 1)."""
+    norms = evidence.once(input_norms)[layer]
+    found = magnitude(layer, evidence)
+    return (found.reshape(len(norms), -1, norms.shape[1]) * norms[:, None]).reshape(found.shape)
+
+
+def input_norms(evidence: Evidence) -> dict[Node, Array]:
+    """Of each layer the Euclidean norm (groups, columns) of what the weights of one output meet."""
+    squares: dict[Node, Array] = {}
+
+    def see(layer: Node, rows: Array) -> None:
+        squares[layer] = squares.get(layer, 0.0) + np.einsum("grc,grc->gc", rows, rows, dtype=np.float64)
+
+    see_operands(evidence.graph, evidence.layers, evidence.context, see)
+    return {layer: np.sqrt(found) for layer, found in squares.items()}
+
+
+def apoz(layer: Node, evidence: Evidence) -> Array:
+    """How often a channel is not zero behind its activation: 1 less the average percentage of zeros (Hu et al. 2016)."""
+    return 1 - evidence.once(_zero_shares)[layer]
+
+
+def _zero_shares(evidence: Evidence) -> dict[Node, Array]:
+    return zero_shares(evidence.graph, evidence.layers, evidence.context)
+
+
+def reconstruction(layer: Node, evidence: Evidence) -> Array:
+    """How far the results of the next layers are off without a channel (Luo et al. 2017, "ThiNet")."""
+    channels = evidence.channels
+    assert channels is not None
+    errors = evidence.once(_reconstruction_errors)
+    return np.array([errors.get(root, 0.0) for root in channels.flow.coupling.roots(channels.flow.layers[layer]).tolist()])
+
+
+def _reconstruction_errors(evidence: Evidence) -> dict[int, float]:
+    assert evidence.channels is not None
+    return reconstruction_errors(evidence.channels, evidence.context, evidence.rng)
+
+
 CRITERIA: dict[str, Criterion] = {
     "l1": Criterion(magnitude, of_rows(magnitude)),  # Li et al. 2017
     "l2": Criterion(squared, euclidean),
+    "wanda": Criterion(wanda, None, data=True, rows=True),
+    "apoz": Criterion(None, apoz, data=True),
+    "reconstruction": Criterion(None, reconstruction, data=True),
     "random": Criterion(random_weights, random_channels),
     "taylor": Criterion(slopes.taylor_weights, slopes.taylor_channels, data=True, comparable=True),  # Molchanov et al. 2019
     "snip": Criterion(slopes.snip, of_rows(slopes.snip), data=True, comparable=True),  # Lee et al. 2019
@@ -117,7 +162,8 @@ def check_choice(who: str, option: str, value: str, known: Iterable[str]) -> Non
     """Raise ArgumentError for an option of a pass that is none of those known."""
     names = tuple(known)
     if value not in names:
-        raise ArgumentError(f"pass {who}: {option} is {value!r}", hint=nearest(value, names, f"one of {', '.join(names)}"))
+        why = f"there are {', '.join(names)}"
+        raise ArgumentError(f"pass {who}: {option} is {value!r}", why=why, hint=nearest(value, names, ""))
 
 
 def check_evidence(who: str, criterion: str, graph: Graph, context: Context) -> None:

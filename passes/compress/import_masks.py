@@ -83,7 +83,7 @@ def _fitting(masks: Mapping[str, Array], known: Mapping[str, Node], file: str) -
     for name, mask in sorted(masks.items()):
         node = _named(name, known)
         if node is None:
-            faults.append(f"{name!r} is no parameter ({nearest(name, known, 'none is called so') or 'none is called so'})")
+            faults.append(f"{name!r} is no parameter" + (f" ({near})" if (near := nearest(name, known, "")) else ""))
         elif mask.shape != node.type.shape:
             faults.append(f"{name!r} is of shape {mask.shape}, its parameter of {node.type.shape}")
         elif not np.isin(mask, (0, 1)).all():

@@ -16,11 +16,13 @@ from paring.ir.op import Array
 from paring.ir.ops import conv, linear
 from paring.passes.compress.criteria import CRITERIA, Evidence
 from paring.passes.compress.rescale import is_layer
-from paring.passes.compress.units import Names
+from paring.passes.compress.units import Names, is_quantized_weight
 from paring.passes.ledger import SHOWN_LAYERS
 from paring.passes.rewriter import Context
 from paring.passes.util import const_value, is_const, with_operands
 
+# Layers whose shares of zeros differ by more are shown.
+UNEVEN = 0.01
 LAYERS = (conv.Conv2d, conv.ConvTranspose2d, linear.Linear)
 
 
@@ -67,6 +69,8 @@ def _obstacle(layer: Node, users: Mapping[Node, Sequence[Node]]) -> str:
     """Why a layer's weight can have no mask; empty where it can."""
     if isinstance(layer.op, conv.ConvTranspose2d):
         return "it is a transposed convolution that does not decompose into plain ones"
+    if is_quantized_weight(layer.inputs[1]):
+        return "it is quantized"
     if not is_const(layer.inputs[1]):
         return "its weight is computed, not constant"
     if not is_layer(layer):
@@ -118,7 +122,7 @@ def summary(before: Mapping[Weight, Array], after: Mapping[Weight, Array]) -> li
     was, now = (sum(zeros(v) * v.size for v in values.values()) / total for values in (before, after))
     notes = [f"{now:.1%} of the {total} weights of {len(after)} layers are zero, {was:.1%} before; stored dense: no byte less"]
     shares = sorted((zeros(value), weight.name) for weight, value in after.items())
-    if shares[0][0] != shares[-1][0] and len(shares) > 1:
+    if shares[-1][0] - shares[0][0] > UNEVEN:
         shown = shares if len(shares) <= SHOWN_LAYERS else [*shares[:2], *shares[-2:]]
         notes.append("zeros by layer" + (", least and most: " if shown is not shares else ": ") + listed(shown))
     return notes

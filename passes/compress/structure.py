@@ -20,6 +20,8 @@ VECTORS = {f"vectors of {size} input channels": Grid(columns=size) for size in S
 GROUPS = (2, 4, 8, 16, 32)
 # More different kernels than this are no dictionary.
 MOST_PATTERNS = 32
+# As many as an int64 has bits for.
+MOST_TAPS = 62
 # How many of the n weights of m that may be there are: the others are zero by chance.
 FILLED = 0.95
 
@@ -44,7 +46,9 @@ def structure(weight: Array) -> str:
 
 
 def _covers(grid: Grid, weight: Array) -> bool:
-    """Whether every zero is in a unit that is zero throughout, and there are units of more than one weight."""
+    """Whether every zero is in a unit that is zero throughout; units have more than one weight, and fit."""
+    if grid.rows > weight.shape[0] or grid.columns > weight.shape[1]:
+        return False
     whole = grid.spread(grid.empty(weight), weight)
     return bool((whole == (weight == 0)).all() and grid.sizes(weight).max() > 1)
 
@@ -54,9 +58,9 @@ def _patterns(there: Array) -> str:
     kernels = taps_last(there).reshape(-1, taps_last(there).shape[2])
     some = kernels[kernels.any(1)]
     entries = np.unique(some.sum(1))
-    if kernels.shape[1] == 1 or len(entries) > 1:
+    if not 1 < kernels.shape[1] <= MOST_TAPS or len(entries) > 1:
         return ""
-    found = np.unique(some, axis=0)
+    found = np.unique(some @ (1 << np.arange(kernels.shape[1])))
     if len(found) > min(MOST_PATTERNS, len(some) // 2):
         return ""
     return f"{len(found)} patterns of {entries[0]} weights" + (" and whole kernels" if len(some) < len(kernels) else "")

@@ -210,9 +210,9 @@ def by_macs(node: Node) -> float:
     return 1e-9 * node.macs
 
 
-def hates(name: str, *sizes: int) -> Model:
-    """A machine on which one layer takes ten times as long at some widths."""
-    return lambda n: by_macs(n) * (10 if module_of(n) == name and n.inputs[1].type.shape[0] in sizes else 1)
+def hates(name: str, *sizes: int, by: float = 10) -> Model:
+    """A machine on which one layer takes many times as long at some widths."""
+    return lambda n: by_macs(n) * (by if module_of(n) == name and n.inputs[1].type.shape[0] in sizes else 1)
 
 
 def test_a_layer_that_became_slower_is_put_back_and_the_ledger_says_so() -> None:
@@ -231,9 +231,7 @@ def test_a_layer_is_rounded_up_to_the_next_cheaper_size() -> None:
 
 
 def test_a_layer_that_is_slower_stays_pruned_where_what_hangs_on_it_is_faster_by_more() -> None:
-    result = prune(
-        ladder(), "ratio=0.5, round_to=4", time=timed(lambda n: by_macs(n) * (5 if hates("0.first", 8)(n) > by_macs(n) else 1))
-    )
+    result = prune(ladder(), "ratio=0.5, round_to=4", time=timed(hates("0.first", 8, by=5)))
     assert widths(result.graph)["0.first"] == 8
     (said,) = (note for note in result.ledger.entries[0].notes if note.startswith("slower"))
     assert said.endswith("1 layers, of which 0.first takes 103.7 us pruned, 82.9 us before")
@@ -298,7 +296,7 @@ def test_a_search_pays_too() -> None:
 
 
 WRONG_UNDOS = {
-    "never widens": ("_widen", lambda *arguments: None),
+    "never widens": ("_widen", lambda *arguments, **more: None),
     "finds nothing slow": ("slower", lambda before, now: {}),
     "blames nobody": ("_responsible", lambda families, keep, name: []),
 }

@@ -10,7 +10,7 @@ from tvm import tirx
 
 from paring.backends.kernel import Kernel, build_primfunc
 from paring.backends.lowering import LOWERINGS
-from paring.backends.schedules import attention, concat, conv, depthwise, elementwise, gemm, integer_attention, rows
+from paring.backends.schedules import attention, concat, conv, depthwise, elementwise, gemm, integer_attention, interleave, rows
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
 
@@ -36,6 +36,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("integer-attention", integer_attention.find, integer_attention.knobs, integer_attention.emit),
     Family("rows", rows.find, rows.knobs, rows.emit),
     Family("concat", concat.find, concat.knobs, concat.emit),
+    Family("interleave", interleave.find, interleave.knobs, interleave.emit),
     Family("elementwise", elementwise.find, elementwise.knobs, elementwise.emit),
 )
 

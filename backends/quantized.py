@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T
 
 from paring.backends.kernel import Value
-from paring.backends.vecmath import MAGIC, MAGIC_BITS, bind, cast, fma, full, reinterpret
+from paring.backends.vecmath import MAGIC, MAGIC_BITS, bind, cast, fma, full, lanes_in, reinterpret, with_lanes
 from paring.ir.op import Op
 from paring.ir.ops import quantized
 from paring.ir.ops.attention import IntegerAttention
@@ -19,10 +20,24 @@ def _settle(op: Any, t: Value) -> Value:
     low, high = (full(t, bound - op.zero_point) for bound in op.range)
     t = bind(t)
     t = bind(tirx.Select(t > low, t, low))
+    if lanes_in(t) > 1 and (op.dtype, op.range[1]) == ("uint8", 255):
+        return _saturate(_nearest(t), op.zero_point)
     t = bind(tirx.Select(t < high, t, high))
     # Adding 1.5 * 2^23 rounds to an integer, halves to even, and leaves it in the last bits.
     bits = reinterpret(fma(t, full(t, 1.0), full(t, MAGIC)), "int32")
     return cast(bits - full(bits, MAGIC_BITS - op.zero_point), op.dtype)
+
+
+def _nearest(t: Value) -> Value:
+    """The nearest int32, halves to even. Beyond int32 the instruction gives the greatest or the least: both large, unsigned."""
+    dtype = with_lanes("int32", lanes_in(t))
+    return T.call_llvm_pure_intrin(dtype, "llvm.lrint", t)
+
+
+def _saturate(steps: Value, zero: int) -> Value:
+    """uint8 of steps + zero, which is not negative unless it is beyond int32: one narrowing instruction of x86."""
+    whole = reinterpret(steps + full(steps, zero), "uint32")
+    return cast(tirx.min(whole, full(whole, 255)), "uint8")
 
 
 def _steps(x: Value, zero: int) -> Value:

@@ -18,6 +18,22 @@ Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """A network of ours, ready to run."""
+
+    net: Any
+    inputs: Inputs
+
+    def __call__(self) -> object:
+        return self.net(*self.inputs)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one run."""
+        return int(self.net.ledger.entries[-1].after.macs)
+
+
+@dataclass(frozen=True)
 class Peer:
     name: str
     prepare: Callable[[torch.nn.Module, Inputs, int], Run]
@@ -154,8 +170,7 @@ def paring(model: torch.nn.Module, inputs: Inputs, threads: int) -> Run:
     if not hasattr(product, "compile"):
         raise ImportError("paring is not importable as a product here: it has no 'compile'")
     product.set_num_threads(threads)
-    net = product.compile(model, inputs, target="native")
-    return lambda: net(*inputs)
+    return Compiled(product.compile(model, inputs, target="native"), inputs)
 
 
 _TABLE = (

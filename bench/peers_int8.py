@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from paring.bench.peers import Peer, Run, openvino_request, ort_sessions
+from paring.bench.peers import Compiled, Peer, Run, openvino_request, ort_sessions
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,7 @@ def calibration(inputs: Inputs) -> list[Inputs]:
 def paring(model: torch.nn.Module, inputs: Inputs, threads: int) -> Run:
     product: Any = import_module("paring")
     product.set_num_threads(threads)
-    net = product.compile(model, inputs, target="native", passes="quantize", calibration=calibration(inputs))
-    return lambda: net(*inputs)
+    return Compiled(product.compile(model, inputs, target="native", passes="quantize", calibration=calibration(inputs)), inputs)
 
 
 def ort(model: torch.nn.Module, inputs: Inputs, threads: int) -> Run:

@@ -22,16 +22,20 @@ from rich.table import Table
 from rich.text import Text
 
 from paring.bench.models import MODELS, suite_models
-from paring.bench.protocol import Child, ChildError
-from paring.bench.systems import SYSTEMS, at_precision
+from paring.bench.protocol import Child, ChildError, Message
+from paring.bench.systems import at_precision, system_of
 
 
-class _Failure(TypedDict, total=False):
+class _Optional(TypedDict, total=False):
     error: str
+    macs: int
 
 
-class Record(_Failure):
-    """One model in one system. The times are None where it failed, and then `error` says why."""
+class Record(_Optional):
+    """One model in one system. The times are None where it failed, and then `error` says why.
+
+    `macs`: multiply-adds of one run, where the system is Paring.
+    """
 
     model: str
     suite: str
@@ -79,17 +83,19 @@ def run_bench(
     patience_s: float = 5.0,
     prepare_s: float = 900.0,
     small: bool = False,
+    passes: Sequence[str] = (),
     console: Console | None = None,
 ) -> list[Record]:
     """Time `models`, or those of `suite`, in Paring and its `peers`, by default all that are compared at that precision.
 
-    At int8 each system quantizes the model with its own tools, and Paring's float32 is timed beside them.
+    At int8 each system quantizes the model with its own tools, and Paring's float32 is timed beside them. With `passes`,
+    Paring is timed without and with each of these pipelines, and no peer.
     `json_path` is brought up to date after each model.
     Raises KeyError for names that are not there, ValueError for numbers out of range.
     """
     names = tuple(models) or suite_models(suite or "cnn")
     _known("model", names, MODELS)
-    systems = at_precision(peers, precision)
+    systems = ("paring", *passes) if passes else at_precision(peers, precision)
     if rounds < 1 or threads < 1:
         raise ValueError(f"rounds and threads must be at least 1, not {rounds} and {threads}")
     protocol = Protocol(threads, rounds, seconds, prepare_s, patience_s=patience_s)
@@ -119,6 +125,7 @@ class _Run:
         protocol = self.protocol
         times: dict[str, list[list[float]]] = {system: [] for system in systems}
         errors: dict[str, str] = {}
+        macs: dict[str, int] = {}
         with ExitStack() as stack:
             children: dict[str, Child] = {}
             for system in systems:
@@ -126,7 +133,7 @@ class _Run:
                 arguments = ["--model", name, "--system", system, "--threads", str(protocol.threads)]
                 child = Child("paring.bench.worker", arguments, protocol.environment())
                 children[system] = stack.enter_context(child)
-                self._ask(children, errors, system, "prepare", protocol.prepare_s, small=small)
+                macs[system] = self._ask(children, errors, system, "prepare", protocol.prepare_s, small=small).get("macs", 0)
             for number, system in product(range(protocol.rounds), systems):
                 self._show(f"{name}: round {number + 1}, {system}")
                 if system in errors:
@@ -134,8 +141,8 @@ class _Run:
                 self.busy += not quiet(protocol.patience_s)
                 found = self._ask(children, errors, system, "round", protocol.round_s, seconds=protocol.seconds)
                 if found:
-                    times[system].append(found)
-        return [self._record(name, system, times[system], errors.get(system)) for system in systems]
+                    times[system].append(found["times_ms"])
+        return [self._record(name, system, times[system], macs[system], errors.get(system)) for system in systems]
 
     def _ask(
         self,
@@ -145,16 +152,16 @@ class _Run:
         do: str,
         deadline_s: float,
         **details: object,
-    ) -> list[float]:
+    ) -> Message:
         """Wake one child for one command; one that fails is ended and its reason kept."""
         child = children[system]
         child.resume()
         try:
-            found: list[float] = child.ask(do, deadline_s, **details).get("times_ms", [])
+            found = child.ask(do, deadline_s, **details)
         except ChildError as error:
             errors[system] = str(error)
             child.close()
-            return []
+            return {}
         child.pause()
         return found
 
@@ -162,12 +169,12 @@ class _Run:
         """A step begins, so the one before it is done: hence the count starts at -1."""
         self.progress.update(self.task, description=description, advance=1)
 
-    def _record(self, name: str, system: str, times: list[list[float]], error: str | None) -> Record:
+    def _record(self, name: str, system: str, times: list[list[float]], macs: int, error: str | None) -> Record:
         complete = error is None
         record: Record = {
             "model": name,
             "suite": MODELS[name].suite,
-            "precision": SYSTEMS[system].precision,
+            "precision": system_of(system).precision,
             "system": system,
             "threads": self.protocol.threads,
             "median_ms": median(median(each) for each in times) if complete else None,
@@ -176,6 +183,8 @@ class _Run:
         }
         if error is not None:
             record["error"] = error
+        if macs:
+            record["macs"] = macs
         return record
 
 

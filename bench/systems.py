@@ -6,10 +6,16 @@ from collections.abc import Sequence
 
 from paring.bench.peers import PEERS, Peer
 from paring.bench.peers_int8 import INT8_PEERS
+from paring.bench.variants import variant
 
 SYSTEMS: dict[str, Peer] = {**PEERS, **INT8_PEERS}
 # What Paring is compared with unless told otherwise.
 COMPARED = {"float32": ("eager", "inductor", "ort", "openvino"), "int8": ("ort", "openvino")}
+
+
+def system_of(name: str) -> Peer:
+    """The system of a name; what is no name of one is passes that Paring runs."""
+    return SYSTEMS[name] if name in SYSTEMS else variant(name)
 
 
 def at_precision(peers: Sequence[str], precision: str) -> tuple[str, ...]:

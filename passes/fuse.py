@@ -81,7 +81,7 @@ class Fuse(Pass):
             if node not in outputs and _all_inline(node, readers, groups) and context.spend("fuse", node):
                 continue
             found = list({id(groups[r]): groups[r] for r in readers if r in groups}.values())
-            reason = _stands_alone(node, readers, groups, outputs) or self._refuses(found[0], node, readers)
+            reason = _stands_alone(node, readers, groups, outputs) or self._refuses(found[0], node, users)
             if reason and readers:
                 context.decline("fuse", node, reason)
             joined = found[0] if not reason and context.spend("fuse", node) else None
@@ -94,8 +94,9 @@ class Fuse(Pass):
                 joined.anchor = node
         return groups
 
-    def _refuses(self, group: _Group, node: Node, readers: list[Node]) -> str:
+    def _refuses(self, group: _Group, node: Node, users: Mapping[Node, list[Node]]) -> str:
         """Why a node may not join the group of its readers; empty where it may."""
+        readers = users[node]
         if len(group.nodes) >= self.max_nodes:
             return f"the region already has {self.max_nodes} nodes"
         if isinstance(group.root.op, shape.Concat) or isinstance(node.op, shape.Concat):
@@ -104,6 +105,9 @@ class Fuse(Pass):
             return _refuses_anchor(group, node)
         if not isinstance(node.op, (*POINTWISE, *MOVEMENT, shape.Broadcast)):
             return f"{node.op.name} is a kernel of its own"
+        own = _narrowed_anchor(node, users)
+        if own is not None and _has_another_anchor(group, own, users):
+            return f"behind {own.op.name} it writes fewer bytes, and the region has an anchor without it"
         if group.anchor is not None and _reaches(group, node, readers):
             return _refuses_prologue(group.anchor, node, readers)
         if isinstance(node.op, MOVEMENT) and group.anchor is not None:
@@ -129,6 +133,18 @@ def _refuses_prologue(anchor: Node, node: Node, readers: list[Node]) -> str:
     if not isinstance(node.op, allowed):
         return f"{anchor.op.name} wants this operand in memory"
     return _refuses_recomputing(node, readers)
+
+
+def _narrowed_anchor(node: Node, users: Mapping[Node, list[Node]]) -> Node | None:
+    """The anchor that only this node reads, into fewer bytes than the anchor's result has."""
+    narrowed = [i for i in node.inputs if isinstance(i.op, ANCHORS) and len(users[i]) == 1 and node.type.bytes < i.type.bytes]
+    return narrowed[0] if isinstance(node.op, POINTWISE) and narrowed else None
+
+
+def _has_another_anchor(group: _Group, anchor: Node, users: Mapping[Node, list[Node]]) -> bool:
+    """Whether a group has an anchor, or reads what is going to be its anchor, besides this one."""
+    read = (operand for member in group.nodes for operand in member.inputs if operand is not anchor)
+    return group.anchor is not None or any(isinstance(n.op, ANCHORS) and len(users[n]) == 1 for n in read)
 
 
 def _refuses_recomputing(node: Node, readers: list[Node]) -> str:

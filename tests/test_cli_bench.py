@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_files import Result
+from rich.console import Console
+
+from paring.bench.variants import efficiency, variants_table
 
 
 @pytest.mark.fast
@@ -57,3 +62,43 @@ def test_bench_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     done = Result("bench", "--models", "resnet18", "--json", tmp_path / "r.json")
     assert "resnet18" in done.out
     assert asked[-1][-1] == str(tmp_path / "r.json")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--passes", "prune-chanels"], "did you mean"),
+        (["--passes", "cse", "--peers", "ort"], "compares Paring with itself"),
+        (["--passes", "cse", "--precision", "int8"], "compares Paring with itself"),
+    ],
+)
+def test_bench_refuses_bad_pipelines(options: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paring.bench.run.run_bench", lambda *a, **k: pytest.fail("it ran"))
+    done = Result("bench", "--models", "resnet18", *options)
+    assert (done.code, says in done.err) == (1, True), done.err
+
+
+@pytest.mark.fast
+def test_conversion_efficiency_is_what_becomes_of_the_work_saved() -> None:
+    rest = {"model": "m", "suite": "cnn", "threads": 1, "min_ms": 1.0, "rounds": 1}
+    dense: Any = {**rest, "system": "paring", "precision": "float32", "median_ms": 12.0, "macs": 400}
+    half: Any = {**rest, "system": "prune-channels", "precision": "changed", "median_ms": 4.0, "macs": 100}
+    assert efficiency(dense, half) == (0.25, 3.0, 0.75)
+    assert efficiency(dense, {**half, "median_ms": None}) is None
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(variants_table([dense, half]))
+    shown = console.export_text()
+    for cell in ("25.0%", "3.00", "75%", "prune-channels"):
+        assert cell in shown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_pruned_networks_are_timed_beside_the_dense_one() -> None:
+    if find_spec("torchvision") is None:
+        pytest.skip("torchvision is an extra")
+    options = ["--models", "resnet18", "--small", "--rounds", "1", "--seconds", "0.05", "--threads", "1", "--json", "-"]
+    dense, pruned = Result("bench", *options, "--passes", "prune-channels{ratio=0.5}").json()
+    assert 0 < pruned["macs"] < 0.5 * dense["macs"]
+    assert pruned["median_ms"] > 0

@@ -167,6 +167,19 @@ def test_data_without_a_use_and_a_use_without_data(net: Path, tmp_path: Path) ->
     assert done.code == 0, done.err
 
 
+@fast
+def test_bisect_shows_passes_the_data(net: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", images(3))
+    np.save(tmp_path / "nan.npy", images(3) * np.float32(np.nan))
+    found = Result("bisect", net, "--target", "reference", "--passes", "quantize", "--calibration", tmp_path / "x.npy", "--json")
+    assert (found.code, found.json()["culprit"]) == (0, None), found.err
+    found = Result(
+        "bisect", net, "--target", "reference", "--passes", "quantize", "--calibration", tmp_path / "nan.npy", "--json"
+    )
+    assert (found.code, found.json()["culprit"]["pass"]) == (3, "quantize"), found.err
+    assert "NaN or infinite" in found.json()["culprit"]["reason"]
+
+
 def test_the_profile_of_a_quantized_network(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("tvm")

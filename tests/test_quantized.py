@@ -103,7 +103,9 @@ def cases() -> list[tuple[Op, list[Array]]]:
     size = 4099
     sums = np.concatenate([steps(rng, "int32", size // 2), rng.integers(-30000, 30000, size - size // 2)]).astype(np.int32)
     halves = np.float32(rng.integers(-600, 600, size) / 2)
-    special = np.where(rng.random(size) < 0.05, np.float32(rng.choice([np.nan, np.inf, -np.inf, -0.0, 1e-45], size)), halves)
+    special = np.where(
+        rng.random(size) < 0.05, np.float32(rng.choice([np.nan, np.inf, -np.inf, -0.0, 1e-45, 3e9, -3e9], size)), halves
+    )
     small = np.float32(rng.uniform(0.5, 2, size) * 2.0 ** rng.integers(-24, 1, size))
     bias = np.float32(rng.standard_normal(size) * 40)
     u, i = steps(rng, "uint8", size), steps(rng, "int8", size)

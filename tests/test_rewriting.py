@@ -172,3 +172,23 @@ def test_layout_and_fuse_say_why_not() -> None:
         "several kernels read it",
     ):
         assert line in found
+
+
+def residual_of_two_products() -> Graph:
+    """The sum of two products of bytes, both rounded to bytes: neither is there before the other."""
+    x = Node(Input("x", "uint8", (1, 4, 5, 5)), ())
+    one = Node(Const(np.float32(0.01)))
+
+    def rounded(*residual: Node) -> Node:
+        sums = Node(conv.Conv2d(), (x, Node(Const(np.ones((6, 4, 1, 1), np.int8)))))
+        factors = [Node(shape.Broadcast(sums.type.shape), (one,)) for _ in range(2)]
+        return Node(quantized.Requantize(), (sums, *factors, *residual))
+
+    return Graph((x,), (rounded(rounded()),))
+
+
+def test_what_narrows_a_product_is_computed_behind_it() -> None:
+    result = run_pipeline(residual_of_two_products(), parse_pipeline("fuse"))
+    regions = [n for n in result.graph.nodes() if isinstance(n.op, Region)]
+    assert [n.type.dtype for n in regions] == ["uint8", "uint8"]
+    assert any("fewer bytes" in why for _, _, why in result.declined)

@@ -144,11 +144,24 @@ def graphs(target: Target) -> list[tuple[str, Graph]]:
         *(("gemm", linear(target, *c, x)) for c, x in product(layers, ("uint8", "int8"))),
         *(("gemm", looked_up(target, *c, x)) for c, x in product(layers[:3], ("uint8", "int8"))),
         *(("gemm", looked_up(target, 3, 9, out, "uint8")) for out in (1, 3, 11, 17, 30, 31)),
+        *(("interleave", interleaved(*c, *x)) for c, x in product([(3, 2, 37), (1, 3, 5), (4, 1, 64)], ACTIVATIONS)),
         *(("integer-attention", attention(*case)) for case in zip(HEADS * 3, SIGNS * 4, MASKS * 4, strict=True)),
     ]
 
 
+def interleaved(channels: int, height: int, width: int, dtype: str, zero: int) -> Graph:
+    """A float image rounded to bytes, four channels side by side."""
+    x = Node(Input("x", "float32", (2, channels, height, width)))
+    rounded = Node(quantized.Quantize(zero, dtype, scale=0.5), (x,))
+    blocked = Node(shape.LayoutTransform("NCHW", "NCHW4c", channels), (rounded,))
+    return run_pipeline(Graph((x,), (blocked,)), parse_pipeline("fuse")).graph
+
+
 def _values(rng: np.random.Generator, dtype: str, size: tuple[int, ...]) -> Array:
+    if dtype == "float32":
+        # Some are rounded to no int32, some are no number at all.
+        wild = rng.choice([np.nan, np.inf, -np.inf, 3e9, -3e9, 63.75], size)
+        return np.where(rng.random(size) < 0.2, wild, rng.uniform(-80, 80, size)).astype(np.float32)
     if dtype == "bool":
         # Some rows keep nothing.
         return (rng.random(size) < 0.7) & (rng.random((*size[:-1], 1)) < 0.9)

@@ -112,6 +112,9 @@ def bench(
     peers: Annotated[str, typer.Option(help="What to compare with, comma-separated; by default all that can.")] = "",
     against: Annotated[str, typer.Option(help="One system to compare with, instead of --peers: tvm-default.")] = "",
     precision: Annotated[str, typer.Option(help="float32 or int8: quantized by each system's own tools.")] = "float32",
+    passes: Annotated[
+        list[str] | None, typer.Option(help="Instead of peers, Paring with these passes beside Paring without; may be repeated.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each system.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the systems take turns in each.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.01, help="Length of one system's turn.")] = 1.0,
@@ -121,7 +124,10 @@ def bench(
 ) -> Report:
     """Time models in Paring and in other systems, side by side; or, with --coverage, see which models come out right.
 
+    With --passes: how much of the work that a pass saves becomes time.
+
     Example: paring bench --suite cnn --peers eager,inductor,ort,openvino --threads 2 --json results.json
+    Example: paring bench --models resnet50 --passes 'prune-channels{ratio=0.25}' --passes 'prune-channels{ratio=0.5}'
     """
     from paring.cli.bench import bench as measure
     from paring.cli.bench import coverage as check_coverage
@@ -131,7 +137,7 @@ def bench(
     names = split(models)
     if coverage:
         return check_coverage(names, threads, file, full=not small)
-    more = {"precision": precision, "seconds": seconds, "small": small}
+    more = {"precision": precision, "seconds": seconds, "small": small, "passes": tuple(passes or ())}
     return measure(suite, names, split(against or peers), threads, rounds, file, **more)
 
 

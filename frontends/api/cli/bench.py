@@ -43,21 +43,29 @@ def bench(
     file: str | None,
     *,
     precision: str,
+    passes: Sequence[str] = (),
     **more: Any,
 ) -> Report:
     """Time models in Paring and its peers side by side; fails where nothing could be timed at all."""
     from paring.bench.models import MODELS, suite_models
     from paring.bench.run import host, run_bench, table
     from paring.bench.systems import COMPARED, SYSTEMS
+    from paring.bench.variants import variants_table
+    from paring.passes.pipelines import parse_pipeline
 
     find(suite, dict.fromkeys(["coverage", *(model.suite for model in MODELS.values())]), "suite")
     for kind, names, known in (("model", models, MODELS), ("precision", [precision], COMPARED), ("system", peers, SYSTEMS)):
         for name in names:
             find(name, known, kind)
+    for pipeline in passes:
+        parse_pipeline(pipeline)
+    if passes and (peers or precision != "float32"):
+        hint = "leave --peers and --precision out: `quantize` is a pass too"
+        raise ArgumentError("--passes compares Paring with itself", hint=hint)
     check_writable(file)
-    check_installed(models or suite_models(suite), peers or COMPARED[precision], precision)
-    records = run_bench(suite, models, peers, threads, rounds, file, precision=precision, **more)
-    view = [table(records), text(f"{host()}; {threads} threads")]
+    check_installed(models or suite_models(suite), () if passes else peers or COMPARED[precision], precision)
+    records = run_bench(suite, models, peers, threads, rounds, file, precision=precision, passes=passes, **more)
+    view = [variants_table(records) if passes else table(records), text(f"{host()}; {threads} threads")]
     failed = all("error" in record for record in records)
     return Report(records, view + ([text(f"wrote {file}")] if file else []), USER if failed else OK)
 

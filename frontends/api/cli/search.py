@@ -15,8 +15,9 @@ from paring.cli.options import Calibration, Device, Model, Passes, Pipeline, Plu
 
 if TYPE_CHECKING:
     from paring.cli.check import Verdict, WrongKernel
+    from paring.cli.inputs import Example
+    from paring.frontends.structure import Imported
     from paring.ir.graph import Graph
-    from paring.passes.base import Pass
     from paring.passes.bisect import Culprit
     from paring.passes.rewriter import Tell
 
@@ -27,6 +28,7 @@ def bisect(
     passes: Passes = None,
     pipeline: Pipeline = None,
     plugin: Plugins = None,
+    calibration: Calibration = None,
     device: Device = None,
     seed: Seed = 0,
 ) -> Report:
@@ -40,6 +42,7 @@ def bisect(
     from paring.cli.inputs import chosen_passes, load_model
     from paring.compiler import import_any
     from paring.passes.bisect import bisect as first_culprit
+    from paring.passes.manager import run_pipeline
     from paring.passes.rewriter import Context
 
     with progress() as tell:
@@ -48,12 +51,13 @@ def bisect(
         example = load_model(model, seed)
         imported = import_any(example.model, example.args, example.kwargs)
         arrays = imported.flatten_inputs(example.args, example.kwargs)
-        # Passes that look at data are shown these inputs.
-        fresh = partial(Context, calibration=[arrays], tell=tell)
+        batches = _batches(calibration, example, imported)
+        fresh = partial(Context, calibration=batches, tell=tell)
         culprit = first_culprit(imported.graph, chosen, arrays, lambda name: tell(name, 0, 0), fresh)
         if culprit is not None:
             return _pass_report(culprit)
-        verdict, wrong = _check_compiled(imported.graph, chosen, arrays, target, device, tell)
+        lowered = run_pipeline(imported.graph, chosen, calibration=batches, tell=tell).graph
+        verdict, wrong = _check_compiled(lowered, arrays, target, device, tell)
     if wrong is not None:
         return _kernel_report(wrong, verdict)
     data = {"culprit": None, "passes": len(chosen), "check": verdict.as_json() if verdict else None}
@@ -65,13 +69,22 @@ def bisect(
     return Report(data, [*map(text, lines)], 0 if verdict.ok else MISMATCH)
 
 
+def _batches(calibration: str | None, example: Example, imported: Imported) -> Sequence[Sequence[Any]]:
+    """What passes are shown that look at data: the example inputs where no others are given."""
+    from paring.calibration import collect, flatten
+    from paring.cli.calibration import read_calibration
+
+    if calibration is None:
+        return [imported.flatten_inputs(example.args, example.kwargs)]
+    return flatten(collect(read_calibration(calibration, example.model)), imported.signature)
+
+
 def _check_compiled(
-    graph: Graph, passes: Sequence[Pass], arrays: Sequence[Any], target: str, device: str | None, tell: Tell
+    lowered: Graph, arrays: Sequence[Any], target: str, device: str | None, tell: Tell
 ) -> tuple[Verdict | None, WrongKernel | None]:
     """The compiled network against the interpreter, then its kernels; nothing for the reference, or without a device."""
     from paring.backends import targets
     from paring.cli.check import check_reference, wrong_kernel
-    from paring.passes.manager import run_pipeline
 
     found = targets.resolve(target)
     if found.name == targets.REFERENCE.name or not (device or found.device == "host"):
@@ -79,7 +92,6 @@ def _check_compiled(
     from paring.backends.build import build
     from paring.backends.devices import open_executable
 
-    lowered = run_pipeline(graph, passes, calibration=[arrays]).graph
     built = build(lowered, found, lambda done, total, name: tell("building kernels", done, total))
     with open_executable(built, found, device) as executable:
         tell("the network against the reference", 0, 0)
@@ -126,8 +138,6 @@ def why_not(
 
     Example: paring why-not net.py:make --pass fuse
     """
-    from paring.calibration import collect, flatten
-    from paring.cli.calibration import read_calibration
     from paring.cli.inputs import chosen_passes, load_model
     from paring.compiler import import_any
     from paring.errors import ArgumentError
@@ -141,10 +151,8 @@ def why_not(
         tell(f"reading {model}", 0, 0)
         example = load_model(model, seed)
         imported = import_any(example.model, example.args, example.kwargs)
-        batches = collect(read_calibration(calibration, example.model) if calibration is not None else None)
-        # Passes that look at data are shown the example inputs where no others are given.
-        arrays = flatten(batches, imported.signature) or [imported.flatten_inputs(example.args, example.kwargs)]
-        result = run_pipeline(imported.graph, chosen, progress=lambda name: tell(name, 0, 0), calibration=arrays, tell=tell)
+        batches = _batches(calibration, example, imported)
+        result = run_pipeline(imported.graph, chosen, progress=lambda name: tell(name, 0, 0), calibration=batches, tell=tell)
     declined = [(name, rewrite.rule, rewrite.node, why) for name, rewrite, why in result.declined if only in ("", name)]
     data = [{"pass": name, "rule": rule, "node": node, "why": why} for name, rule, node, why in declined]
     if not declined:

@@ -36,38 +36,37 @@ def digits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tor
     return images[:1437], labels[:1437], images[1437:], labels[1437:]
 
 
-def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int) -> None:
-    """AdamW on batches of 64 with a one-cycle learning rate."""
+def descend(model: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], count: int, size: int, epochs: int) -> None:
+    """AdamW with a one-cycle learning rate on `loss` of batches of so many of `count` samples, given by their numbers."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    steps = epochs * -(-len(images) // 64)
+    steps = epochs * -(-count // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
+    for _ in range(epochs):
+        for batch in torch.randperm(count).split(size):
+            optimizer.zero_grad()
+            loss(batch).backward()
+            optimizer.step()
+            schedule.step()
+
+
+def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int) -> None:
+    """Cross entropy, on batches of 64."""
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        progress.advance(task, len(batch))
+        return nn.functional.cross_entropy(model(images[batch]), labels[batch])
+
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("training", total=steps)
-        for _ in range(epochs):
-            for batch in torch.randperm(len(images)).split(64):
-                loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                progress.advance(task)
+        task = progress.add_task("training", total=epochs * len(images))
+        descend(model, loss, len(images), 64, epochs)
     model.eval()
 
 
 def distil(model: nn.Module, teacher: nn.Module, images: torch.Tensor, epochs: int) -> None:
-    """A hook for `finetune`: AdamW towards the dense network's own answers (Hinton et al. 2015), on batches of 16."""
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    steps = epochs * -(-len(images) // 16)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps, pct_start=0.2)
+    """A hook for `finetune`: towards the dense network's own answers (Hinton et al. 2015), on batches of 16."""
     with torch.no_grad():
         wanted = teacher(images)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images)).split(16):
-            loss = nn.functional.mse_loss(model(images[batch]), wanted[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    descend(model, lambda batch: nn.functional.mse_loss(model(images[batch]), wanted[batch]), len(images), 16, epochs)
 
 
 def accuracy(net: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor) -> float:

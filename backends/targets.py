@@ -19,7 +19,8 @@ class Target:
     vector registers. `l1`, `l2`: data caches of one core, bytes. `block`: channels of a blocked layout. `dot`: the
     instructions that sum products of bytes, a name in `schedules/dot.py`, and `group` the channels that they take at a time.
     `tables`: those that look bytes up in registers, a name in `tables.py`.
-    `needs`: CPU flags that the running host must have. `device`: "host" where this machine runs its code, "" where a device
+    `needs`: CPU flags that the running host must have. `clock`, in Hz, and `bandwidth` of memory, bytes a second: nominal.
+    `device`: "host" where this machine runs its code, "" where a device
     must be given. `linker`: the cross compiler, with the Debian package that has it; empty for the host's own.
     """
 
@@ -36,6 +37,8 @@ class Target:
     tables: str = ""
     features: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    clock: float = 2.5e9
+    bandwidth: float = 20e9
     l1: int = 32 * 1024
     l2: int = 512 * 1024
     cores: int = 2
@@ -43,6 +46,11 @@ class Target:
     linker: str = ""
     linker_package: str = ""
     pipeline: str = "blocked"
+
+    @property
+    def flops(self) -> float:
+        """Float32 operations a second at best: two units of multiply-adds on each core."""
+        return 4.0 * self.lanes * self.clock * self.cores
 
     def pipeline_options(self) -> dict[str, object]:
         """What the target's pipeline may name in braces."""

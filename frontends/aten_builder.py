@@ -98,11 +98,13 @@ class Builder:
 
     `loc` and `types` belong to the operator being converted: where it comes from, and what torch says its result is.
     A node whose operands are all small constants is evaluated at once; a uniform result is kept as a broadcast scalar.
+    `weights` of the model are left to const-fold: the imported program has each of them by its name, in its shape.
     """
 
     loc: Loc | None = None
     types: tuple[TensorType | None, ...] = ()
     values: dict[Node, np.ndarray] = field(default_factory=dict)
+    weights: set[Node] = field(default_factory=set)
     _scalars: dict[tuple[str, bytes], Node] = field(default_factory=dict)
 
     @property
@@ -116,7 +118,8 @@ class Builder:
     def node(self, op: Op, *inputs: Node) -> Node:
         """One node, folded where its operands are small constants."""
         node = Node(op, inputs, self.loc)
-        if node.type.size > FOLD_LIMIT or any(i not in self.values or i.type.size > FOLD_LIMIT for i in inputs):
+        stays = any(i not in self.values or i in self.weights or i.type.size > FOLD_LIMIT for i in inputs)
+        if node.type.size > FOLD_LIMIT or stays:
             return node
         value = evaluate(node, [self.values[i] for i in inputs])
         if isinstance(op, sh.Broadcast):

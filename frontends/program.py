@@ -117,7 +117,9 @@ class Importer:
         if key not in self._parameters or not tensor.numel():
             # A copy: later changes to the model in place must not change the program.
             array = np.array(tensor.cpu().resolve_conj().resolve_neg().numpy(), order="C", copy=True)
-            self._parameters[key] = self.builder.parameter(array, Loc(name))
+            node = self._parameters[key] = self.builder.parameter(array, Loc(name))
+            if array.dtype.kind == "f" and array.ndim > 1:
+                self.builder.weights.add(node)
         return self._parameters[key]
 
     def _run(self, module: torch.fx.GraphModule, given: Sequence[Any]) -> list[Any]:

@@ -160,6 +160,10 @@ class Signature:
         """The model's own output structure around the arrays, as torch tensors or as numpy arrays."""
         return _build(self.outputs, [to_torch(a) for a in arrays] if like_torch else list(arrays))
 
+    def with_leaves(self, leaves: Sequence[Any]) -> Any:
+        """The model's own output structure around anything, one for each output of the graph."""
+        return _build(self.outputs, leaves)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest; the inverse of `from_json`."""
         return {

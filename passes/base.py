@@ -23,7 +23,8 @@ class Pass:
 
     `lossy`: whether it may change what is computed, as a Lossy contract says; then it lives in `compress/` and runs only if
     asked for. `calibrated`: whether it looks at calibration data. `before` which passes it belongs, and `after` which.
-    `least`: the least values of whole numbers among the options.
+    `unprepared`: it comes before everything else, where parameters still are as the model names them. `least`: the least
+    values of whole numbers among the options.
     """
 
     name: ClassVar[str]
@@ -32,6 +33,7 @@ class Pass:
     calibrated: ClassVar[bool] = False
     before: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
+    unprepared: ClassVar[bool] = False
     least: ClassVar[Mapping[str, int]] = {}
 
     def __init_subclass__(cls) -> None:

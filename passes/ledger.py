@@ -15,6 +15,8 @@ from paring.passes.contract import Contract, compose, parse_contract
 
 # How many layers of the lowest SQNR the text shows; the entry has all.
 SHOWN_LAYERS = 5
+# The key of a figure of the whole network among those of layers.
+NETWORK = "network"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,11 @@ def measure(graph: Graph) -> Size:
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of one pass. `sqnr`: of each layer that became lossy, the signal-to-quantization-noise ratio in dB."""
+    """One run of one pass. `sqnr`: of each layer that became lossy, the signal-to-quantization-noise ratio in dB.
+
+    `conversion`: the conversion efficiency of pruning, how many times as fast over how many times fewer multiply-adds, of the
+    network as a whole ("network") and of each layer by its module.
+    """
 
     step: int
     name: str
@@ -62,6 +68,7 @@ class Entry:
     changed: bool
     metric: float | None = None
     sqnr: dict[str, float] = field(default_factory=dict)
+    conversion: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def remarks(self) -> list[str]:
@@ -71,6 +78,9 @@ class Entry:
         if worst:
             shown = ", ".join(f"{name} {ratio:.1f} dB" for name, ratio in worst)
             found.append(f"lowest SQNR of {len(self.sqnr)} layers: {shown}")
+        lowest = sorted(self.conversion.items(), key=lambda item: (item[0] != NETWORK, item[1]))[: SHOWN_LAYERS + 1]
+        if lowest:
+            found.append(f"conversion efficiency: {', '.join(f'{name} {share:.0%}' for name, share in lowest)}")
         return found
 
     def as_json(self) -> dict[str, object]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 from safetensors.numpy import save_file
 
@@ -23,7 +22,8 @@ from paring.ir.verify import verify
 from paring.passes.base import Pass
 from paring.passes.contract import Exact
 from paring.passes.ledger import Entry, Ledger, measure
-from paring.passes.rewriter import Context, Rewrite, Run, Tell, failure, silent
+from paring.passes.machine import SOME_MACHINE, Machine, Time
+from paring.passes.rewriter import Context, Finetune, Gradients, Rewrite, Run, Tell, failure, silent
 
 
 @dataclass
@@ -47,19 +47,24 @@ def run_pipeline(
     calibration: Sequence[Sequence[Array]] = (),
     run: Run = interpret,
     tell: Tell = silent,
+    finetune: Finetune | None = None,
+    gradients: Gradients | None = None,
+    machine: Machine = SOME_MACHINE,
+    time: Time | None = None,
 ) -> Result:
     """Run passes in order, each verified.
 
     `dump`: a folder for the text after each changing pass, written when a pass fails too. `fuel`: how many rewrites may be
     made in all. `metric`: given the graph after each changing pass, its figure goes into the ledger; where some passes are
     lossy, after these only. Lossy passes run without a metric too; the ledger then says so. `progress` is told each pass's
-    name. `calibration`, `run` and `tell` are for passes that look at data: see Context.
+    name. `calibration`, `run`, `tell`, `finetune`, `gradients`, `machine` and `time` are for lossy passes: see Context.
     Raises ParingError with the pass named where one fails.
     """
     verify(graph)
     result = Result(graph, Ledger(), [("import", graph)])
     measured = _Metric(metric, any(p.lossy for p in passes))
-    context = partial(Context, calibration=calibration, run=run, metric=measured.function, tell=tell)
+    tools = partial(Context, finetune=finetune, gradients=gradients, machine=machine, time=time)
+    context = partial(tools, calibration=calibration, run=run, metric=measured.function, tell=tell)
     try:
         for step, transformation in enumerate(passes, 1):
             if progress:
@@ -79,7 +84,7 @@ def _advance(result: Result, step: int, transformation: Pass, context: Context, 
     graph, entries = result.graph, result.ledger.entries
     size = entries[-1].after if entries else measure(graph)
     context.earlier = [stage for _, stage in result.stages]
-    start = time.perf_counter()
+    start = perf_counter()
     after = _run_one(transformation, graph, context, step)
     changed = after is not graph and bool(context.rewrites)
     if after is not graph and not changed and not same(after, graph):
@@ -87,12 +92,12 @@ def _advance(result: Result, step: int, transformation: Pass, context: Context, 
         raise InternalError(what, hint="call context.spend(rule, node) before each change")
     after = after if changed else graph
     new_size = measure(after) if changed else size
-    seconds = time.perf_counter() - start
+    seconds = perf_counter() - start
     fired = dict(sorted(Counter(r.rule for r in context.rewrites).items()))
     figure = measured.after(transformation, graph, after, context) if changed else None
     promise = transformation.promise(context) if changed else Exact()
     entry = Entry(step, str(transformation), promise, fired, seconds, size, new_size, changed, figure)
-    entries.append(dataclasses.replace(entry, sqnr=dict(context.sqnr), notes=tuple(context.notes)))
+    entries.append(replace(entry, sqnr=context.sqnr, conversion=context.conversion, notes=tuple(context.notes)))
     result.declined.extend((transformation.name, rewrite, why) for rewrite, why in context.declined)
     if changed:
         result.stages.append((str(transformation), after))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 
 from paring.ir.errors import ArgumentError
 from paring.passes.base import Pass, parse_pass
@@ -10,7 +11,12 @@ from paring.passes.canonicalize import Canonicalize
 from paring.passes.compress.adaround import AdaRound
 from paring.passes.compress.correct_bias import CorrectBias
 from paring.passes.compress.equalize import Equalize
+from paring.passes.compress.finetune import FineTune
+from paring.passes.compress.import_masks import ImportMasks
 from paring.passes.compress.prune_channels import PruneChannels
+from paring.passes.compress.prune_pattern import PrunePattern
+from paring.passes.compress.prune_search import PruneSearch
+from paring.passes.compress.prune_weights import PruneBlock, PruneKernel, PruneNm, PruneUnstructured, PruneVector
 from paring.passes.compress.quantize import Quantize
 from paring.passes.compress.smooth import Smooth
 from paring.passes.const_fold import ConstFold
@@ -31,7 +37,13 @@ PASSES: dict[str, type[Pass]] = {
     for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, FoldQdq, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
 }
 
-LOSSY: dict[str, type[Pass]] = {cls.name: cls for cls in (PruneChannels, Equalize, Smooth, Quantize, AdaRound, CorrectBias)}
+LOSSY: dict[str, type[Pass]] = {
+    cls.name: cls
+    for cls in (
+        *(ImportMasks, PruneChannels, PruneUnstructured, PruneNm, PruneBlock, PruneVector, PruneKernel, PrunePattern),
+        *(PruneSearch, FineTune, Equalize, Smooth, Quantize, AdaRound, CorrectBias),
+    )
+}
 """Those that may change what is computed; no pipeline below has one."""
 
 HOW = "give passes by name, like 'cse, layout{block=16}', or objects: [Cse(), 'dce']"
@@ -95,13 +107,17 @@ def parse_pipeline(steps: str | Iterable[str | Pass], extra: Table | None = None
 def with_users(own: tuple[Pass, ...], passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     """The user's passes before a target's own; lossy ones are given what they need to come before them."""
     _check_order(passes)
+    first = len(list(takewhile(lambda each: each.unprepared, passes)))
     before = pipeline("prepare", {}) if any(each.lossy for each in passes) else ()
-    return (*before, *passes, *own)
+    return (*passes[:first], *before, *passes[first:], *own)
 
 
 def _check_order(passes: Sequence[Pass]) -> None:
     """Raise ArgumentError for a pass that would find nothing to do where it stands."""
     names = [each.name for each in passes]
+    for place, each in enumerate(passes):
+        if each.unprepared and not all(other.unprepared for other in passes[:place]):
+            raise ArgumentError(f"pass {each.name} stands after {names[place - 1]}", hint=f"'{each.name}, {names[place - 1]}'")
     for place, each in enumerate(passes):
         late = [name for name in each.before if name in names[:place]]
         if late:

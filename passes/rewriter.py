@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from traceback import extract_tb
@@ -13,6 +13,7 @@ from paring.ir.graph import Graph, Node, rebuild
 from paring.ir.interpreter import interpret
 from paring.ir.op import Array, Op
 from paring.passes.contract import Contract
+from paring.passes.machine import SOME_MACHINE, Machine, Time
 from paring.passes.pattern import Match, Rule, Users, match
 
 # What rules may take to come to rest, beside one for each node: chains of moves advance one node at a time.
@@ -21,6 +22,10 @@ REWRITES_AT_ONE_NODE = 64
 
 # Runs a graph on given inputs.
 Run = Callable[[Graph, Sequence[Array]], list[Array]]
+# Trains the weights of a graph: the same program with other constants.
+Finetune = Callable[[Graph], Graph]
+# For each batch of the calibration data the gradient of a loss, float64, by (reader, position) of each constant that is learned.
+Gradients = Callable[[Graph], Iterator[Mapping[tuple[Node, int], Array]]]
 # Told what is being done, steps done and steps in all.
 Tell = Callable[[str, int, int], None]
 
@@ -45,8 +50,10 @@ class Context:
     """What a pass is given besides the graph: fuel to spend, and where to write down what it did and did not do.
 
     For lossy passes also `calibration` (batches of inputs), `run` (runs a graph, perhaps faster than the interpreter), the
-    user's `metric` of a graph, higher is better, whom to `tell` of progress, and the graphs of `earlier` stages. They write
-    the SQNR of each layer (dB) and `notes` for the ledger, and what they `promise` where that is only known afterwards.
+    user's `metric` of a graph, higher is better, whom to `tell` of progress, and the graphs of `earlier` stages; `finetune`,
+    which trains a graph, and `gradients` of a loss, both None where there are none; the `machine` that is compiled for, and
+    `time`, which measures a graph there, None where it is not at hand. They write the SQNR of each layer (dB), its `conversion`
+    efficiency, and `notes` for the ledger, and what they `promise` where that is only known afterwards.
     """
 
     fuel: int | None = None
@@ -57,7 +64,12 @@ class Context:
     metric: Callable[[Graph], float] | None = None
     tell: Tell = silent
     earlier: Sequence[Graph] = ()
+    finetune: Finetune | None = None
+    gradients: Gradients | None = None
+    machine: Machine = SOME_MACHINE
+    time: Time | None = None
     sqnr: dict[str, float] = field(default_factory=dict)
+    conversion: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     promise: Contract | None = None
 

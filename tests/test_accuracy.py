@@ -1,4 +1,4 @@
-"""What quantization costs networks trained here on scikit-learn's digits, in points of accuracy over 360 images."""
+"""What quantization and masks cost networks trained here on scikit-learn's digits, in points of accuracy over 360 images."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from paring.bench.networks import InvertedResidual, MobileNet, ResNet
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SEEDS = range(8)
+MASK_SEEDS = range(3)
 EPOCHS = 12
 BATCH = 60
 # Images that are calibrated with: batches of the training set.
@@ -118,3 +119,16 @@ def test_adaround_beats_rounding_to_nearest_at_3_bits_in_accuracy() -> None:
         nearest += quantized(model, seed, "quantize{bits=3}")
         best += quantized(model, seed, "quantize{bits=3}, adaround")
     assert best > nearest
+
+
+@pytest.mark.parametrize("kind", ["resnet", "mobilenet"])
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_magnitude_beats_chance(kind: str, ratio: float, scope: str) -> None:
+    """Over all seeds together, without fine-tuning."""
+    total = dict.fromkeys(("l1", "random"), 0.0)
+    for seed in MASK_SEEDS:
+        for criterion in total:
+            text = f"prune-unstructured{{ratio={ratio}, criterion={criterion!r}, scope={scope!r}, seed={seed}}}"
+            total[criterion] += points(compiled(trained(kind, seed), seed, text), seed)
+    assert total["l1"] > total["random"], total

@@ -13,7 +13,7 @@ from paring.ir.errors import ArgumentError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, pool, reduce, shape, unary
 from paring.ir.ops.attention import IntegerAttention, ScaledDotProductAttention
-from paring.passes.compress.adaround import _rows
+from paring.passes.compress.operands import operand_rows
 from paring.passes.compress.rescale import by_group, carries, input_ranges
 from paring.passes.compress.twins import find_twins
 from paring.passes.compress.units import is_quantized_weight
@@ -267,7 +267,7 @@ def test_grouped_and_strided_layers_see_the_rows_that_their_weights_meet() -> No
         op = conv.Conv2d((stride, stride), ((pads, pads), (pads, 0)), (dilation, dilation), groups)
         x, w = rng.standard_normal((2, 4, 7, 8)), rng.standard_normal((8, 4 // groups, 3, 2))
         node = Node(op, [Node(Input("x", "float64", x.shape)), Node(Const(w))])
-        rows = _rows(node, x)
+        rows = operand_rows(node, x)
         found = rows @ by_group(w, node).reshape(groups, 8 // groups, -1).swapaxes(1, 2)
         (right,) = interpret(Graph((node.inputs[0],), (node,)), [x])
         n, o, h, wd = right.shape

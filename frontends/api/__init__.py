@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paring.compiler import compile
     from paring.network import Network
     from paring.threads import get_num_threads, set_num_threads
+    from paring.trainable import from_torch, to_torch
 
 __version__ = "0.1.0"
 
@@ -28,10 +29,22 @@ _LAZY = {
     "inspect": "paring.artifacts",
     "set_num_threads": "paring.threads",
     "get_num_threads": "paring.threads",
+    "to_torch": "paring.trainable",
+    "from_torch": "paring.trainable",
 }
 _MODULES = ("autotune", "backends", "errors", "frontends", "ir", "passes", "testing")
 
-__all__ = ["Network", "__version__", "compile", "get_num_threads", "inspect", "load", "set_num_threads"]
+__all__ = [
+    "Network",
+    "__version__",
+    "compile",
+    "from_torch",
+    "get_num_threads",
+    "inspect",
+    "load",
+    "set_num_threads",
+    "to_torch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from paring.backends import targets
 from paring.backends.targets import Target
 from paring.frontends.structure import Signature
-from paring.ir.errors import ArgumentError, InputError, TargetError, a_kind
+from paring.ir.errors import ArgumentError, InputError, ParingError, TargetError, a_kind
 from paring.ir.graph import Graph
 from paring.ir.interpreter import interpret
 from paring.passes.ledger import measure
@@ -20,8 +20,8 @@ from paring.passes.rewriter import Tell
 
 Arrays = list[np.ndarray]
 
-# Below this many multiply-adds the interpreter is done before a compiler is.
-COMPILED_FROM_MACS = 20_000_000
+# Below this many multiply-adds the interpreter is done before torch is there, or a compiler.
+QUICK_FROM_MACS = 20_000_000
 
 
 def collect(calibration: Iterable[Any] | None) -> tuple[Any, ...]:
@@ -52,12 +52,29 @@ def flatten(batches: Sequence[Any], signature: Signature) -> list[Arrays]:
     return found
 
 
+def host_target(target: Target) -> Target:
+    """The target itself where this host runs it, else the host's own."""
+    runs = target.device == "host" and target.name != targets.REFERENCE.name
+    return target if runs else targets.resolve("native")
+
+
+def open_on_host(graph: Graph, target: Target, tell: Tell) -> Any:
+    """A graph compiled for this host. Raises TargetError or ImportError where it cannot be."""
+    from paring.backends.build import build
+    from paring.backends.devices import open_executable
+
+    passes = pipeline(target.pipeline, target.pipeline_options())
+    built = build(run_pipeline(graph, passes).graph, target, lambda done, total, name: tell("kernels", done, total))
+    return open_executable(built, target, None)
+
+
 class HostRun:
-    """Runs graphs: a large one is compiled for this host, the last one is kept; what cannot be compiled is interpreted."""
+    """Runs graphs, the last one is kept: of large ones those of floats by torch, which need not be compiled first, others
+    compiled for this host; the rest, and what can be neither, is interpreted.
+    """
 
     def __init__(self, target: Target, tell: Tell) -> None:
-        runs = target.device == "host" and target.name != targets.REFERENCE.name
-        self.target = target if runs else targets.resolve("native")
+        self.target = host_target(target)
         self.tell = tell
         self.graph: Graph | None = None
         self.executable: Any = None
@@ -69,16 +86,14 @@ class HostRun:
         return list(interpret(graph, arrays) if self.executable is None else self.executable.run(arrays))
 
     def _open(self, graph: Graph) -> Any:
-        if self.target.device != "host" or measure(graph).macs < COMPILED_FROM_MACS:
+        if self.target.device != "host" or measure(graph).macs < QUICK_FROM_MACS:
             return None
-        passes = pipeline(self.target.pipeline, self.target.pipeline_options())
         try:
-            from paring.backends.build import build
-            from paring.backends.devices import open_executable
-
-            lowered = run_pipeline(graph, passes).graph
-            built = build(lowered, self.target, lambda done, total, name: self.tell("kernels", done, total))
-            return open_executable(built, self.target, None)
+            return EagerExecutable(graph)
+        except ParingError:
+            pass
+        try:
+            return open_on_host(graph, self.target, self.tell)
         except (TargetError, ImportError):
             return None
 
@@ -86,3 +101,22 @@ class HostRun:
         if self.executable is not None:
             self.executable.close()
         self.graph = self.executable = None
+
+
+class EagerExecutable:
+    """A graph run by torch, operator by operator. Raises ParingError for one that torch cannot compute as it is."""
+
+    def __init__(self, graph: Graph) -> None:
+        from paring.frontends.torch_module import to_torch
+
+        self.module: Any = to_torch(graph)
+
+    def run(self, arrays: Sequence[np.ndarray]) -> Arrays:
+        import torch
+
+        with torch.no_grad():
+            found = self.module(*(torch.from_numpy(np.array(array)) for array in arrays))
+        return [y.numpy() for y in (found if isinstance(found, tuple) else (found,))]
+
+    def close(self) -> None:
+        self.module = None

@@ -20,10 +20,14 @@ from paring.ir.interpreter import interpret
 from paring.ir.ops.core import Input
 from paring.network import Network, Version, graph_call
 from paring.passes.base import Pass
+from paring.passes.compress.criteria import GRADIENT_CRITERIA
+from paring.passes.compress.finetune import FineTune
 from paring.passes.manager import run_pipeline
 from paring.passes.pipelines import parse_pipeline, with_users
 from paring.passes.pipelines import pipeline as named_pipeline
 from paring.passes.rewriter import Run, Tell
+from paring.timing import HostTime, machine_of
+from paring.training import fine_tuner, loss_gradients
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Options:
     device: str | None = None
     calibration: tuple[Any, ...] = ()
     metric: Callable[[Any], float] | None = None
+    finetune: Callable[[Any], Any] | None = None
+    loss: Callable[[Any, int], Any] | None = None
     progress: Tell | None = None
 
 
@@ -49,6 +55,8 @@ def compile(
     pipeline: str | Iterable[str | Pass] | None = None,
     calibration: Iterable[Any] | None = None,
     metric: Callable[[Any], float] | None = None,
+    finetune: Callable[[Any], Any] | None = None,
+    loss: Callable[[Any, int], Any] | None = None,
     dump: str | Path | None = None,
     device: str | None = None,
     progress: Tell | None = None,
@@ -69,6 +77,11 @@ def compile(
         metric: takes a callable network and returns a number, higher is better; its value goes into the ledger, after each
             lossy pass where there are some, else after each pass that changed something. Lossy passes run without one too;
             the ledger then says so.
+        finetune: trains a network wherever the pass `finetune` stands among `passes`: it is given the program reached there as
+            a torch module (`paring.to_torch(graph, keep_zeros=True)`), trains that in place, and returns it or nothing.
+        loss: what criteria with gradients (taylor, snip) descend on: takes the model's outputs, as torch tensors, and the
+            number of the calibration batch, and returns a tensor of one element. Without it the sum of all outputs with random
+            signs, others for each batch: the square of its gradient is on average how far a weight moves the outputs.
         dump: a folder for the IR after each changing pass, written when a pass fails too; by default the environment variable
             PARING_DUMP.
         device: where a foreign target's code runs: "emulator" or "rpc://127.0.0.1:PORT".
@@ -77,34 +90,54 @@ def compile(
     Raises ArgumentError for an unknown target, pass or option, ModelError and UnsupportedOpsError for models that cannot
     be imported, InputError for impossible inputs, TargetError where the host lacks what the target needs.
     """
-    options = _options(target, passes, pipeline, dump, device, calibration, metric, progress)
+    options = Options(
+        *_resolved(target, passes, pipeline, device),
+        dump=_folder(dump),
+        device=device,
+        calibration=collect(calibration),
+        metric=metric,
+        finetune=finetune,
+        loss=loss,
+        progress=progress,
+    )
+    _check_used(options)
     if inputs is None and kwargs is None and not _is_closed(model):
         return Network({}, options.target, lambda args, kw: compile_version(model, args, kw, options))
     version = compile_version(model, as_tuple(inputs), dict(kwargs or {}), options)
     return Network({None: version}, options.target)
 
 
-def _options(
-    target: str,
-    passes: str | Iterable[str | Pass] | None,
-    whole: str | Iterable[str | Pass] | None,
-    dump: str | Path | None,
-    device: str | None,
-    calibration: Iterable[Any] | None,
-    metric: Callable[[Any], float] | None,
-    progress: Tell | None,
-) -> Options:
+def _resolved(
+    target: str, passes: str | Iterable[str | Pass] | None, whole: str | Iterable[str | Pass] | None, device: str | None
+) -> tuple[Target, tuple[Pass, ...]]:
+    """The target, and all passes that run for it."""
     if not isinstance(target, str):
         raise ArgumentError(f"target is a name, not {target!r}", hint=f"known: {', '.join(targets.names())}")
     found = targets.resolve(target)
     targets.check_device(found, device)
     first = parse_pipeline(passes) if passes is not None else ()
     own = named_pipeline(found.pipeline, found.pipeline_options()) if whole is None else parse_pipeline(whole)
-    chosen = with_users(own, first)
-    if calibration is not None and not any(each.calibrated for each in chosen):
+    return found, with_users(own, first)
+
+
+def _folder(dump: str | Path | None) -> Path | None:
+    named = dump if dump is not None else os.environ.get("PARING_DUMP") or None
+    return Path(named) if named else None
+
+
+def _check_used(options: Options) -> None:
+    """Raise ArgumentError for data, or a hook, that no pass would use."""
+    calibrated = any(each.calibrated for each in options.passes)
+    if options.calibration and not calibrated:
         raise ArgumentError("calibration data were given, but no pass that uses them", hint="leave `calibration` out")
-    folder = dump if dump is not None else os.environ.get("PARING_DUMP") or None
-    return Options(found, chosen, Path(folder) if folder else None, device, collect(calibration), metric, progress)
+    sloped = any(getattr(each, "criterion", "") in GRADIENT_CRITERIA for each in options.passes)
+    if options.loss is not None and not sloped:
+        hint = f"criterion={' or '.join(map(repr, GRADIENT_CRITERIA))}, or leave `loss` out"
+        raise ArgumentError("a loss was given, but no pass whose criterion takes gradients", hint=hint)
+    trains = any(each.name == FineTune.name for each in options.passes)
+    if options.finetune is not None and not trains:
+        hint = "name it where it should run: passes='prune-channels{ratio=0.3}, finetune, prune-channels{ratio=0.3}, finetune'"
+        raise ArgumentError("a hook finetune was given, but the pass finetune is not among the passes", hint=hint)
 
 
 def _is_closed(model: Any) -> bool:
@@ -167,6 +200,7 @@ def compile_version(model: Any, args: Sequence[Any], kwargs: dict[str, Any], opt
     count = len(options.passes)
     seen = iter(range(1, count + 1))
     run = HostRun(options.target, tell)
+    calibration = flatten(options.calibration, imported.signature)
     try:
         result = run_pipeline(
             imported.graph,
@@ -174,9 +208,13 @@ def compile_version(model: Any, args: Sequence[Any], kwargs: dict[str, Any], opt
             dump=options.dump,
             metric=_graph_metric(options, imported, run),
             progress=lambda name: tell(name, next(seen), count),
-            calibration=flatten(options.calibration, imported.signature),
+            calibration=calibration,
             run=run,
             tell=tell,
+            finetune=fine_tuner(options.finetune),
+            gradients=loss_gradients(options.loss, calibration, imported.signature),
+            machine=machine_of(options.target),
+            time=HostTime.where_it_runs(options.target, tell),
         )
     finally:
         run.close()

@@ -143,6 +143,11 @@ class Network:
         return [name for name, _ in self._only().result.stages]
 
     @property
+    def stage_graphs(self) -> list[Graph]:
+        """The program at each of the `stages`."""
+        return [graph for _, graph in self._only().result.stages]
+
+    @property
     def declined(self) -> list[tuple[str, str, str]]:
         """(pass, rule and node, reason) for each place where a rule fitted and declined."""
         return [(name, str(rewrite), why) for name, rewrite, why in self._only().result.declined]

@@ -10,10 +10,10 @@ import numpy as np
 from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
-from paring.ir.ops import conv
 from paring.ir.ops.quantized import Dequantize, DequantizeChannels
 from paring.passes.base import Pass
-from paring.passes.compress.calibrate import check_calibration, gather
+from paring.passes.compress.calibrate import check_calibration
+from paring.passes.compress.operands import see_operands
 from paring.passes.compress.twins import find_twins
 from paring.passes.compress.weights import dequantized
 from paring.passes.contract import Lossy
@@ -23,8 +23,6 @@ from paring.passes.util import const_value, with_operands
 # The rectified sigmoid reaches 0 and 1: it is stretched to [-0.1, 1.1] and cut off.
 STRETCH = 1.2
 MARGIN = 0.1
-# Rows of operands that one batch adds to a layer's statistics.
-ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class AdaRound(Pass):
     """After quantize: each weight is rounded up or down so that the layer's result is nearest to the float one.
 
     One layer after the other, by gradient descent on a soft rounding that is driven to 0 or 1, from the second moments of the
-    layer's operands in calibration. A row that this does not improve keeps its nearest integers.
+    layer's operands in calibration. A row that this does not improve keeps its nearest integers, a weight of 0 stays 0.
     `iterations` of Adam at `rate` for each layer; `drive` is how strongly soft roundings are driven to the ends.
     """
 
@@ -89,11 +87,13 @@ class AdaRound(Pass):
             soft, slope = _soft(logits)
             gradient = 2 * (np.clip(floor + soft, -most, most) - steps) @ moments * slope
             gradient += self.drive * _pull(soft, iteration / self.iterations) * slope
+            gradient[steps == 0] = 0.0
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.999 * square + 0.001 * gradient**2
             corrected = mean / (1 - 0.9**iteration), square / (1 - 0.999**iteration)
             logits = logits - self.rate * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
-        found = np.clip(floor + (_soft(logits)[0] >= 0.5), -most, most)
+        # A pruned weight is not rounded: it stays 0, as if there were none.
+        found = np.where(steps == 0, 0.0, np.clip(floor + (_soft(logits)[0] >= 0.5), -most, most))
         better = _loss(found - steps, moments) < _loss(nearest - steps, moments)
         return np.where(better[..., None], found, nearest)
 
@@ -131,30 +131,10 @@ def _pull(soft: Array, progress: float) -> Array:
 
 def _moments(graph: Graph, layers: list[Node], context: Context) -> dict[Node, Array]:
     """Of each layer the second moments (groups, columns, columns) of what its weights meet, over the calibration data."""
-    readers: dict[Node, list[Node]] = {}
-    for layer in layers:
-        readers.setdefault(layer.inputs[0], []).append(layer)
     found: dict[Node, Array] = {}
 
-    def see(node: Node, values: Array) -> None:
-        for layer in readers[node]:
-            rows = _rows(layer, values)
-            found[layer] = found.get(layer, 0.0) + (rows.swapaxes(1, 2) @ rows).astype(np.float64)
+    def see(layer: Node, rows: Array) -> None:
+        found[layer] = found.get(layer, 0.0) + (rows.swapaxes(1, 2) @ rows).astype(np.float64)
 
-    gather(graph, list(readers), context, see)
+    see_operands(graph, layers, context, see)
     return found
-
-
-def _rows(layer: Node, x: Array) -> Array:
-    """(groups, rows, columns): each row is what the weights of one output element are multiplied with."""
-    if not isinstance(layer.op, conv.Conv2d):
-        return x.reshape(1, -1, x.shape[-1])[:, :ROWS]
-    op, (kh, kw) = layer.op, layer.inputs[1].type.shape[2:]
-    padded = np.pad(x, ((0, 0), (0, 0), *op.padding))
-    span = ((kh - 1) * op.dilation[0] + 1, (kw - 1) * op.dilation[1] + 1)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, span, (2, 3))
-    windows = windows[:, :, :: op.stride[0], :: op.stride[1], :: op.dilation[0], :: op.dilation[1]]
-    n, c, oh, ow = windows.shape[:4]
-    columns = windows.reshape(n, op.groups, c // op.groups, oh * ow, kh * kw).transpose(1, 0, 3, 2, 4)
-    rows = columns.reshape(op.groups, n * oh * ow, -1)
-    return rows[:, :: -(-rows.shape[1] // ROWS)]

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 
-from paring.ir.errors import ArgumentError, nearest
+from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.passes.base import Pass
 from paring.passes.compress.channel_rules import channels_of
 from paring.passes.compress.channels import Channels, Group
-from paring.passes.compress.criteria import CRITERIA, scores
+from paring.passes.compress.criteria import (
+    CHANNEL_CRITERIA,
+    SCOPES,
+    SLACK,
+    Evidence,
+    channel_scores,
+    check_choice,
+    check_evidence,
+)
 from paring.passes.compress.cut import removed_by, without
+from paring.passes.compress.families import Families
+from paring.passes.compress.paying import keep_what_pays
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
-
-SCOPES = ("layer", "global")
-# A share of channels is meant exactly: 0.29 of 100 is 29, though the product in floats is less.
-SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -30,93 +37,104 @@ class PruneChannels(Pass):
 
     `ratio`: the share of channels that goes, of those that can. `criterion`: l2 or l1 of the weights that make a channel, or
     random (by `seed`). `scope`: the same share of every layer, or where in the network the scores are least (global).
-    `round_to`: channel counts that change stay multiples of it; 0 or 1: any count. A layer keeps at least one channel.
+    `round_to`: channel counts that change stay multiples of it: by default of the channels that the target's kernels compute
+    at once; 0 or 1: any count. A layer keeps at least one channel. `measure`: time the network before and after, give layers
+    that became slower their channels back, and write the conversion efficiency into the ledger; by default where the target's
+    code runs on this host.
     """
 
     name = "prune-channels"
     contract = Lossy("metric", math.inf)
     before = ("equalize", "smooth", "quantize")
     least = {"round_to": 0, "seed": 0}
+    calibrated = True
     ratio: float = 0.5
     criterion: str = "l2"
     scope: str = "layer"
-    round_to: int = 8
+    round_to: int | None = None
     seed: int = 0
+    measure: bool | None = None
 
     def check(self) -> None:
         super().check()
         if not 0 <= self.ratio < 1:
             raise ArgumentError(f"pass {self.name}: ratio is {self.ratio}", hint="a share of channels: 0 or more, less than 1")
-        for option, known in (("criterion", tuple(CRITERIA)), ("scope", SCOPES)):
-            value = getattr(self, option)
-            if value not in known:
-                hint = nearest(value, known, f"one of {', '.join(known)}")
-                raise ArgumentError(f"pass {self.name}: {option} is {value!r}", hint=hint)
+        check_choice(self.name, "criterion", self.criterion, CHANNEL_CRITERIA)
+        check_choice(self.name, "scope", self.scope, SCOPES)
 
-    def plan(self, graph: Graph) -> dict[Node, Array]:
-        """By layer the output channels that the pass removes, for `masked`."""
-        channels = channels_of(graph)
-        return removed_by(self._chosen(channels, Context()))
+    def plan(self, graph: Graph, context: Context | None = None) -> dict[Node, Array]:
+        """By layer the output channels that the pass removes, for `masked`; with a context where the criterion looks at data."""
+        context = context or Context()
+        families = ranked(self, graph, context)
+        return removed_by(families.chosen(self._keep(families, context)))
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        channels = channels_of(graph)
-        for stay in channels.stays:
-            width = stay.layer.inputs[1].type.shape[0]
-            context.decline(self.name, stay.layer, f"{stay.count} of {width} channels stay: {stay.reason}")
-        wanted = self._chosen(channels, context)
-        groups = [group for group in wanted if context.spend(self.name, next(iter(group.channels)))]
-        context.notes.append(_summary(channels, groups))
-        return without(channels, groups) if groups else graph
+        families = ranked(self, graph, context)
+        decline_stays(self.name, families.channels, context)
+        return removed(self, families, self._keep(families, context), context)
 
-    def _chosen(self, channels: Channels, context: Context) -> list[Group]:
-        """The groups that go, of each family those that matter least."""
-        families = channels.families()
-        rank = scores(list(channels.groups), CRITERIA[self.criterion], self.seed)
-        keep = self._shares(families, rank) if self.scope == SCOPES[1] else [_staying(len(f), self.ratio) for f in families]
-        chosen: list[Group] = []
-        for family, count in zip(families, keep, strict=True):
-            best = sorted(family, key=lambda group: -rank[group.number])
+    def _keep(self, families: Families, context: Context) -> list[int]:
+        """How many groups stay of each family."""
+        wanted = self._shares(families) if self.scope == SCOPES[1] else [_staying(len(f), self.ratio) for f in families.families]
+        for family, count in zip(families.families, wanted, strict=True):
             if count == 0:
-                context.notes.append(f"one channel stays of {_name(best[0])}")
-            chosen += best[self._rounded(best, max(1, count)) :]
-        return _sparing(channels, chosen, rank, context)
+                context.notes.append(f"one channel stays of {family.name}")
+        return [family.rounded(count) for family, count in zip(families.families, wanted, strict=True)]
 
-    def _shares(self, families: Sequence[Sequence[Group]], rank: Mapping[int, float]) -> list[int]:
+    def _shares(self, families: Families) -> list[int]:
         """How many groups stay of each family when those of the least scores in the whole network go."""
-        everything = sorted((g for family in families for g in family), key=lambda group: rank[group.number])
+        everything = sorted((g for family in families.families for g in family.groups), key=lambda g: families.rank[g.number])
         total = np.cumsum([group.size for group in everything])
         least = total <= self.ratio * sum(group.size for group in everything) + SLACK
         gone = {group.number for group, goes in zip(everything, least, strict=True) if goes}
-        return [sum(group.number not in gone for group in family) for family in families]
+        return [sum(group.number not in gone for group in family.groups) for family in families.families]
 
-    def _rounded(self, best: Sequence[Group], count: int) -> int:
-        """The least number of groups, `count` or more, that leaves each layer its width or a multiple of `round_to`."""
-        step = max(1, self.round_to)
-        layers = list(dict.fromkeys(layer for group in best for layer in group.channels))
-        width = np.array([layer.inputs[1].type.shape[0] for layer in layers])
-        sizes = np.array([[len(group.channels.get(layer, ())) for layer in layers] for group in best])
-        lost = sizes.sum(0) - np.cumsum(sizes, 0)
-        fits = ((lost == 0) | ((width - lost) % step == 0)).all(1)
-        return count + int(np.argmax(fits[count - 1 :]))
+
+class Choosing(Protocol):
+    """A pass that removes channels: how it judges and rounds, and whether it measures."""
+
+    name: ClassVar[str]
+
+    @property
+    def criterion(self) -> str: ...
+    @property
+    def round_to(self) -> int | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def measure(self) -> bool | None: ...
+
+
+def ranked(choosing: Choosing, graph: Graph, context: Context) -> Families:
+    """The families of a graph, each in the order of how much its groups matter."""
+    check_evidence(choosing.name, choosing.criterion, graph, context)
+    channels = channels_of(graph)
+    layers = tuple(dict.fromkeys(layer for group in channels.groups for layer in group.channels))
+    evidence = Evidence(graph, layers, context, np.random.default_rng(choosing.seed), channels)
+    rank = channel_scores(channels.groups, choosing.criterion, evidence)
+    step = context.machine.block if choosing.round_to is None else choosing.round_to
+    return Families.of(channels, rank, step)
+
+
+def decline_stays(who: str, channels: Channels, context: Context) -> None:
+    """Name what cannot go, and why."""
+    for stay in channels.stays:
+        width = stay.layer.inputs[1].type.shape[0]
+        context.decline(who, stay.layer, f"{stay.count} of {width} channels stay: {stay.reason}")
+
+
+def removed(choosing: Choosing, families: Families, keep: Sequence[int], context: Context) -> Graph:
+    """The graph in which so many groups stay of each family, or as many more as pay; one unit of fuel for each that goes."""
+    measured = context.time is not None if choosing.measure is None else choosing.measure
+    keep = keep_what_pays(families, keep, context) if measured else keep
+    wanted = families.chosen(keep, context)
+    groups = [group for group in wanted if context.spend(choosing.name, next(iter(group.channels)))]
+    context.notes.append(_summary(families.channels, groups))
+    return without(families.channels, groups) if groups else families.channels.flow.graph
 
 
 def _staying(count: int, ratio: float) -> int:
     return count - math.floor(ratio * count + SLACK)
-
-
-def _sparing(channels: Channels, chosen: list[Group], rank: Mapping[int, float], context: Context) -> list[Group]:
-    """Without the best group of every set that would all go: no value may be left without elements."""
-    gone = {group.number: group for group in chosen}
-    for whole in channels.wholes:
-        if whole <= gone.keys():
-            spared = gone.pop(max(whole, key=lambda number: (rank[number], number)))
-            context.notes.append(f"one channel stays of {_name(spared)}")
-    return list(gone.values())
-
-
-def _name(group: Group) -> str:
-    layer = next(iter(group.channels))
-    return (layer.loc.module if layer.loc else "") or f"{layer.op.name} {layer.type}"
 
 
 def _summary(channels: Channels, groups: Sequence[Group]) -> str:

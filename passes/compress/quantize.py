@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paring.ir.errors import ArgumentError, nearest
+from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph, Node
 from paring.ir.types import BYTES
 from paring.passes.base import Pass
@@ -58,7 +58,7 @@ class Quantize(Pass):
             raise ArgumentError(f"quantize: {what} needs a metric", hint="paring.compile(..., metric=f), higher is better")
         flow, skip = Flow(graph), Names(self.skip)
         units = find_units(flow, skip)
-        _check_names(graph, skip)
+        skip.check(graph, self.name)
         if not units:
             return graph
         check_calibration(graph, context, self.name)
@@ -129,13 +129,6 @@ class Quantize(Pass):
         weights = {layer: recipe.weights[layer] for layer in layers if context.spend("weight", layer)}
         attentions = {node: params for node, params in recipe.attentions(units).items() if context.spend("attention", node)}
         return insert(recipe.flow.graph, pairs, weights, attentions).graph
-
-
-def _check_names(graph: Graph, skip: Names) -> None:
-    known = sorted({node.loc.module for node in graph.nodes() if node.loc and node.loc.module})
-    for pattern in skip.unused:
-        hint = nearest(pattern, known, f"modules: {', '.join(known[:20]) or 'none have names'}")
-        raise ArgumentError(f"quantize: skip names {pattern!r}, which is no module", hint=hint)
 
 
 def _notes(graph: Graph, chosen: Sequence[Unit], left: Sequence[Unit], ratios: dict[str, float], settings: Quantize) -> list[str]:

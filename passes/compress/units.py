@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paring.ir.errors import ArgumentError, nearest
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Op
 from paring.ir.ops import binary, conv, linear, norm, pool, quantized, reduce, shape, unary
@@ -88,9 +89,12 @@ class Names:
         self.used.update(hits)
         return bool(hits)
 
-    @property
-    def unused(self) -> list[str]:
-        return [p for p in self.patterns if p not in self.used]
+    def check(self, graph: Graph, who: str) -> None:
+        """Raise ArgumentError for a name that meant none of the nodes that were asked about."""
+        known = sorted({node.loc.module for node in graph.nodes() if node.loc and node.loc.module})
+        for pattern in (p for p in self.patterns if p not in self.used):
+            hint = nearest(pattern, known, f"modules: {', '.join(known[:20]) or 'none have names'}")
+            raise ArgumentError(f"{who}: skip names {pattern!r}, which is no module", hint=hint)
 
 
 def sources(graph: Graph) -> dict[Node, tuple[Node, ...]]:

@@ -21,7 +21,7 @@ from paring.bench.networks import InvertedResidual, MobileNet, ResNet
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SEEDS = range(8)
-MASK_SEEDS = range(3)
+MASK_SEEDS = range(2)
 EPOCHS = 12
 BATCH = 60
 # Images that are calibrated with: batches of the training set.
@@ -121,14 +121,26 @@ def test_adaround_beats_rounding_to_nearest_at_3_bits_in_accuracy() -> None:
     assert best > nearest
 
 
-@pytest.mark.parametrize("kind", ["resnet", "mobilenet"])
-@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.7, 0.8, 0.9])
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_magnitude_beats_chance(kind: str, ratio: float, scope: str) -> None:
-    """Over all seeds together, without fine-tuning."""
-    total = dict.fromkeys(("l1", "random"), 0.0)
+MASK_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def pruned(kind: str, seed: int, **options: object) -> paring.Network:
+    shown = ", ".join(f"{name}={value!r}" for name, value in {**options, "seed": seed}.items())
+    return compiled(trained(kind, seed), seed, f"prune-unstructured{{{shown}}}")
+
+
+@pytest.mark.parametrize("ratio", MASK_RATIOS)
+def test_magnitude_beats_chance_in_accuracy(ratio: float) -> None:
+    """On each seed, without fine-tuning. A MobileNet guesses from 70 % on, whatever goes."""
     for seed in MASK_SEEDS:
-        for criterion in total:
-            text = f"prune-unstructured{{ratio={ratio}, criterion={criterion!r}, scope={scope!r}, seed={seed}}}"
-            total[criterion] += points(compiled(trained(kind, seed), seed, text), seed)
-    assert total["l1"] > total["random"], total
+        l1, chance = (points(pruned("resnet", seed, ratio=ratio, scope="global", criterion=c), seed) for c in ("l1", "random"))
+        assert l1 > chance, f"seed {seed}: {l1} and {chance}"
+
+
+@pytest.mark.parametrize("kind", ["resnet", "mobilenet"])
+@pytest.mark.parametrize("ratio", MASK_RATIOS)
+def test_magnitude_beats_chance_in_noise(kind: str, ratio: float) -> None:
+    """The same share of each layer, on each seed. Accuracy says little there: at 90 % both guess."""
+    for seed in MASK_SEEDS:
+        l1, chance = (noise(pruned(kind, seed, ratio=ratio, criterion=c), trained(kind, seed), seed) for c in ("l1", "random"))
+        assert l1 < chance, f"seed {seed}: {l1} and {chance}"

@@ -16,10 +16,11 @@ def taps_last(weight: Array) -> Array:
 
 @dataclass(frozen=True)
 class Grid:
-    """Blocks of `rows` neighbouring output channels x `columns` input channels of one group, aligned to multiples of these.
+    """Blocks of `rows` neighbouring output channels x `columns` input channels, aligned to multiples of these.
 
-    Of each tap of a convolution separately, or of a whole kernel. What is left over at the edge makes smaller blocks.
-    0 rows or columns: all of them.
+    Input channels are counted within a convolution's group, as its weight has them. Each tap of a convolution is divided
+    separately, or a block has the `kernel` as a whole. What is left over at the edge makes smaller blocks. 0 rows or
+    columns: all of them.
     """
 
     rows: int = 1

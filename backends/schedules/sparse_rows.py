@@ -18,12 +18,10 @@ from paring.backends.kernel import Kernel, Lanes, Scalar, Value, as_int, constan
 from paring.backends.schedules.conv import Shape
 from paring.backends.schedules.sparse import Results, each_entry, find_anchor, lists_of, shape_of
 from paring.backends.schedules.tiles import Accumulators, Block, Run, balanced, dispatch, duration, finish, runs, tile_count
-from paring.backends.targets import Target
+from paring.backends.targets import PIXELS, Target
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.sparse import Lists, SparseLinear
 
-# Pixels of a tile. Measured on Zen 4, 256 channels: 1.4 cycles for each multiply-add of 16 lanes; 1.7 at 32, 2.0 at 192.
-PIXELS = 64
 # Sums under way: one alone waits for the multiply-add before it; more than two leave remainders as long as the lists.
 CHAINS = 2
 

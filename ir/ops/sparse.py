@@ -51,8 +51,8 @@ class Lists:
     def occupied(self, weight: Array) -> Array:
         """Whether an entry is stored: (taps, spans, blocks, span), of a weight (O, I, ...)."""
         padded = self._padded(weight != 0)
-        by_block = padded.reshape(self.blocks, self.block, self.spans, self.span, self.taps).any(1)
-        return np.ascontiguousarray(by_block.transpose(3, 1, 0, 2))
+        by_block = padded.reshape(self.blocks, self.block, self.spans, self.span, self.taps)
+        return np.ascontiguousarray(np.any(by_block, axis=1).transpose(3, 1, 0, 2))
 
     def pack(self, weight: Array) -> tuple[Array, Array, Array]:
         """The values, places and starts of a weight (O, I, ...)."""

@@ -41,7 +41,7 @@ class Target:
     group: int = 1
     tables: str = ""
     list_start: float = 14.0
-    gather: float = 5.0
+    gather: float = 10.0
     features: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     l1: int = 32 * 1024

@@ -22,13 +22,13 @@ from paring.passes.util import const_value, constant, is_const
 
 FORMATS = ("auto", "vectors", "rows", "none")
 # Weights of which more are not zero gain nothing in any format: they are not looked at more closely.
-MOST_STORED = 0.85
+MOST_STORED = 0.95
 # A sparse layer has to be faster than the dense one by this factor, which is about what the model errs by.
-MARGIN = 1.05
+MARGIN = 1.1
 # Of a register tile of the kernels: columns that share a stored vector; pixels that share a stored weight.
 COLUMNS, PIXELS = 14, 64
 # Measured on Zen 4: loads beside those of the pixels, and what lists of a few dozen entries cost in branches.
-ENTRY = 1.08
+ENTRY = 1.15
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Sparsify(Pass):
     block: int = 16
     span: int = 128
     start: float = 14.0
-    gather: float = 5.0
+    gather: float = 10.0
     format: str = "auto"
 
     def check(self) -> None:
@@ -159,7 +159,9 @@ class Sparsify(Pass):
     def _choose(self, m: Match, layer: _Layer) -> _Choice | None:
         """The format for a layer; where there is none, the match knows why."""
         o, i, taps = layer.shape
-        dense = layer.images * layer.pixels * ceil(o / self.block) * i * taps
+        # A dense layer loads a vector of weights beside the multiply-adds of a tile of columns, as one with stored vectors does.
+        columns = max(1, min(COLUMNS, layer.pixels))
+        dense = layer.images * layer.pixels * ceil(o / self.block) * i * taps * (1 + 1 / columns)
         found = [self._vectors(layer)] + ([self._rows(layer)] if layer.whole_blocks else [])
         if self.format != "auto":
             forced = [choice for choice in found if choice.name == self.format]

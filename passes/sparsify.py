@@ -21,10 +21,10 @@ from paring.passes.rewriter import Context, describe
 from paring.passes.util import const_value, constant, is_const
 
 FORMATS = ("auto", "vectors", "rows", "none")
-# Weights of which more are not zero gain nothing in any format: they are not looked at more closely.
-MOST_STORED = 0.95
 # A sparse layer has to be faster than the dense one by this factor, which is about what the model errs by.
-MARGIN = 1.1
+MARGIN = 1.12
+# Weights of which more are not zero cannot be: they are not looked at more closely.
+MOST_STORED = 1 / MARGIN
 # Of a register tile of the kernels: columns that share a stored vector; pixels that share a stored weight.
 COLUMNS, PIXELS = 14, 64
 # Measured on Zen 4: loads beside those of the pixels, and what lists of a few dozen entries cost in branches.

@@ -10,7 +10,19 @@ from tvm import tirx
 
 from paring.backends.kernel import Kernel, build_primfunc
 from paring.backends.lowering import LOWERINGS
-from paring.backends.schedules import attention, concat, conv, depthwise, elementwise, gemm, integer_attention, interleave, rows
+from paring.backends.schedules import (
+    attention,
+    concat,
+    conv,
+    depthwise,
+    elementwise,
+    gemm,
+    integer_attention,
+    interleave,
+    rows,
+    sparse_rows,
+    sparse_vectors,
+)
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
 
@@ -32,6 +44,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("depthwise", depthwise.find, depthwise.knobs, depthwise.emit),
     Family("conv", conv.find, conv.knobs, conv.emit),
     Family("gemm", gemm.find, gemm.knobs, gemm.emit),
+    Family("sparse-vectors", sparse_vectors.find, sparse_vectors.knobs, sparse_vectors.emit),
+    Family("sparse-rows", sparse_rows.find, sparse_rows.knobs, sparse_rows.emit),
     Family("attention", attention.find, attention.knobs, attention.emit),
     Family("integer-attention", integer_attention.find, integer_attention.knobs, integer_attention.emit),
     Family("rows", rows.find, rows.knobs, rows.emit),

@@ -12,6 +12,7 @@ from paring.backends.lowerings.loops import by_lane, scalar_only
 from paring.backends.lowerings.movement import MOVEMENT
 from paring.backends.lowerings.product import PRODUCTS
 from paring.backends.lowerings.reduce import REDUCTIONS
+from paring.backends.lowerings.sparse import SPARSE
 from paring.backends.scalar import SCALARS, takes_vectors
 from paring.backends.vecmath import cast, dtype_of
 from paring.ir.graph import Node
@@ -33,5 +34,6 @@ LOWERINGS: dict[type, Lowering] = {
     **MOVEMENT,
     **REDUCTIONS,
     **PRODUCTS,
+    **SPARSE,
     **IMAGES,
 }

@@ -61,6 +61,9 @@ class Op:
         """The type of the result. Raises IRTypeError with the reason when the op does not apply."""
         raise NotImplementedError(self.name)
 
+    def check_contents(self, types: tuple[TensorType, ...], known: tuple[Array | None, ...]) -> None:
+        """Raise IRTypeError where operands whose values are known (constants) are not what the op is defined on."""
+
     def ref(self, *arrays: Array) -> Array:
         """The meaning, slow and obvious: computes in float64; the interpreter rounds the result to its type."""
         raise NotImplementedError(self.name)

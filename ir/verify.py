@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from paring.ir.errors import IRTypeError, VerifyError
 from paring.ir.graph import Graph, Node
-from paring.ir.op import Op
+from paring.ir.op import Array, Op
 from paring.ir.ops import OPS
-from paring.ir.ops.core import Input, Region
+from paring.ir.ops.core import Const, Input, Region
 
 
-def verify(graph: Graph, *, inside: str = "") -> None:
+def verify(graph: Graph, *, inside: str = "", given: Mapping[Node, Array] | None = None) -> None:
     """Raise VerifyError unless the graph is well formed.
 
     Its inputs are distinct Input nodes and the only ones it reaches, each op is in the table, each stored type is what
-    the op infers, each region's body is a graph of its own.
+    the op infers, constants hold what their readers are defined on, each region's body is a graph of its own. `given`: what
+    is known of its inputs.
     """
+    known = dict(given or {})
     where = inside or "graph"
     if not graph.outputs:
         raise VerifyError("a graph has at least one output", where=where)
@@ -25,19 +29,25 @@ def verify(graph: Graph, *, inside: str = "") -> None:
             raise VerifyError(f"{node.op.name} is listed as an input", where=where)
     listed = set(graph.inputs)
     for node in graph.nodes():
-        _verify_node(node, where)
+        if isinstance(node.op, Const):
+            known[node] = node.op.value
+        contents = tuple(known.get(operand) for operand in node.inputs)
+        _verify_node(node, contents, where)
         if isinstance(node.op, Input) and node not in listed:
             raise VerifyError(f"input {node.op.label!r} is read but not listed", where=where, why="it belongs to another graph")
         if isinstance(node.op, Region):
-            verify(node.op.body, inside=f"region {node.op.kind} of {where}")
+            outside = {i: array for i, array in zip(node.op.body.inputs, contents, strict=True) if array is not None}
+            verify(node.op.body, inside=f"region {node.op.kind} of {where}", given=outside)
 
 
-def _verify_node(node: Node, where: str) -> None:
+def _verify_node(node: Node, contents: tuple[Array | None, ...], where: str) -> None:
     if not isinstance(node.op, Op) or OPS.get(node.op.name) is not type(node.op):
         what, hint = f"{node.op!r} is not in the table of operators", "add it to paring.ir.ops.ALL"
         raise VerifyError(what, where=_place(node, where), hint=hint)
     try:
-        inferred = node.op.infer(*(operand.type for operand in node.inputs))
+        types = tuple(operand.type for operand in node.inputs)
+        inferred = node.op.infer(*types)
+        node.op.check_contents(types, contents)
     except IRTypeError as error:
         raise VerifyError(f"{node.op.name} is ill-typed: {error.what}", where=_place(node, where), why=error.why) from None
     if inferred != node.type:

@@ -31,10 +31,25 @@ from paring.passes.options import split_pipeline
 from paring.passes.prepack import Prepack
 from paring.passes.scale_weights import ScaleWeights
 from paring.passes.sink_reshapes import SinkReshapes
+from paring.passes.sparsify import Sparsify
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (Canonicalize, ConstFold, Cse, Dce, FoldBn, Decompose, FoldQdq, SinkReshapes, Layout, Prepack, ScaleWeights, Fuse)
+    for cls in (
+        Canonicalize,
+        ConstFold,
+        Cse,
+        Dce,
+        FoldBn,
+        Decompose,
+        FoldQdq,
+        SinkReshapes,
+        Layout,
+        Prepack,
+        ScaleWeights,
+        Sparsify,
+        Fuse,
+    )
 }
 
 LOSSY: dict[str, type[Pass]] = {
@@ -71,6 +86,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "canonicalize",
         "cse",
         "dce",
+        "sparsify{{block={block}, span={span}, start={start}, gather={gather}}}",
         "fuse",
     ),
 }

@@ -7,11 +7,12 @@ from math import prod
 
 import numpy as np
 import planting_qdq
+import planting_weights
 
 from paring.generators import Builder, splitting, squeeze_excite
 from paring.ir import Graph, Input, Node, Op, Region
-from paring.ir.ops import attention, binary, conv, linear, norm, pack, pool, reduce, shape, unary
-from paring.passes import canonicalize, dce, decompose, fold_bn, prepack, scale_weights, sink_reshapes
+from paring.ir.ops import attention, binary, conv, linear, norm, pool, reduce, shape, unary
+from paring.passes import canonicalize, dce, decompose, fold_bn, sink_reshapes
 from paring.passes.pattern import Rule
 from paring.testing import Plant
 
@@ -22,9 +23,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "dce": dce.RULES,
     "fold-bn": fold_bn.RULES,
     "decompose{attention=True}": (*decompose.RULES, *decompose.ATTENTION_RULES),
-    "prepack{block=4}": tuple(prepack.Prepack(BLOCK).rules()),
     "fold-qdq": planting_qdq.RULES,
-    "scale-weights": scale_weights.RULES,
+    **planting_weights.RULES,
     "sink-reshapes": sink_reshapes.RULES,
 }
 """All rules, by the pass that applies them."""
@@ -292,39 +292,6 @@ def drop_mask(b: Builder) -> Node:
     return b.node(attention.ScaledDotProductAttention(causal=b.chance(0.5)), q, k, v, mask)
 
 
-def fold_packing(b: Builder) -> Node:
-    out, per_group, kernel = b.choose(3, 4, 6), b.choose(1, 4, 5), b.choose(1, 2)
-    kind = b.choose(0, 1, 2)
-    if kind == 0:
-        return b.node(pack.PackConvWeight(f"OIHW{BLOCK}i{BLOCK}o"), b.weights(out, per_group, kernel, kernel))
-    if kind == 1:
-        return b.node(pack.PackLinearWeight(f"OI{BLOCK}o"), b.weights(out, per_group))
-    return b.node(shape.Pad(((0, 2),)), b.weights(out))
-
-
-def pack_linear(b: Builder) -> Node:
-    x = b.tensor(1, 2, 3)
-    out = b.choose(1, 4, 6)
-    return b.node(linear.Linear(), x, b.weights(out, x.type.shape[-1]), *([b.weights(out)] if b.chance(0.5) else []))
-
-
-def _gate_to_weights(bias: bool) -> Plant:
-    def plant(b: Builder) -> Node:
-        channels = 2 * BLOCK
-        x = b.input(1, 2, b.choose(7, 8), b.choose(6, 9), BLOCK)
-        kernel = b.choose(1, 3)
-        gate = b.input(1, 2, 1, 1, BLOCK)
-        gate = gate if b.chance(0.2) else b.node(unary.Clamp(-2.0, 2.0), gate)
-        gated = b.node(binary.Mul(), *((x, b.node(shape.Broadcast(x.type.shape), gate))[:: b.choose(1, -1)]))
-        blocks = f"OIHW{BLOCK}i{BLOCK}o"
-        weight = b.node(pack.PackConvWeight(blocks), b.weights(BLOCK, channels, kernel, kernel))
-        pad = (kernel // 2, kernel // 2)
-        op = conv.Conv2d(padding=(pad, pad), layout=f"NCHW{BLOCK}c", out_layout=f"NCHW{BLOCK}c", weight_layout=blocks)
-        return b.node(op, gated, weight, *([b.weights(BLOCK)] if bias else []))
-
-    return plant
-
-
 PLANTERS: dict[str, tuple[Plant, ...]] = {
     "drop-identity": (drop_identity,),
     "merge-reshapes": (merge_reshapes,),
@@ -365,9 +332,7 @@ PLANTERS: dict[str, tuple[Plant, ...]] = {
     "spell-out-pixel-shuffle": (spell_out_pixel_shuffle,),
     "spell-out-attention": (spell_out_attention,),
     "drop-mask": (drop_mask,),
-    "fold-packing": (fold_packing,),
-    "pack-linear": (pack_linear,),
-    "gate-to-weights": (_gate_to_weights(False), _gate_to_weights(True)),
+    **planting_weights.PLANTERS,
     **planting_qdq.PLANTERS,
 }
 """By rule, for each of its patterns one planter."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -102,3 +104,46 @@ def test_pruned_networks_are_timed_beside_the_dense_one() -> None:
     dense, pruned = Result("bench", *options, "--passes", "prune-channels{ratio=0.5}").json()
     assert 0 < pruned["macs"] < 0.5 * dense["macs"]
     assert pruned["median_ms"] > 0
+
+
+def a_record(mask: str, zeros: float, sparse_us: float | None, layer: str = "conv1x1-256-28") -> Any:
+    from paring.bench.sparse import Record
+
+    return Record(layer, mask, "rows", zeros, 2, sparse_us and 100.0, sparse_us, 2.0, "rows", "" if sparse_us else "off by 50%")
+
+
+def test_crossovers_lie_where_the_line_between_two_measurements_meets_one() -> None:
+    from paring.bench.sparse import crossover_lines, crossovers
+
+    records = [a_record("unstructured", zeros, us) for zeros, us in ((0.9, 20.0), (0.5, 125.0), (0.7, 83.3333333))]
+    records += [
+        a_record("unstructured", 0.5, 50.0, "linear-256-128"),
+        a_record("2:4", 0.5, 150.0),
+        a_record("2:4", 0.5, None, "other"),
+    ]
+    found = crossovers(records)
+    assert found["unstructured"] == (pytest.approx(0.6), 0.0)
+    assert found["2:4"] == (1.0,)
+    assert crossover_lines(records)[0] == "unstructured (rows): pays from 30% zeros on (0% to 60%)"
+
+
+def test_the_sparse_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One small layer, for real: every mask has a time, a bound and a choice, and the crossover is printed."""
+    from paring.bench.sparse import SERIES
+
+    fewer = {name: dataclasses.replace(SERIES[name], zeros=(0.9,)) for name in ("unstructured", "blocks")}
+    monkeypatch.setattr("paring.bench.sparse.SERIES", fewer)
+    file = tmp_path / "sparse.json"
+    done = Result("bench", "--suite", "sparse", "--small", "--models", "linear-small", "--rounds", 1, "--json", file)
+    assert done.code == 0, done.err
+    assert "pays from" in done.out
+    records = json.loads(file.read_text())
+    assert [record["mask"] for record in records] == ["unstructured", "blocks"]
+    for record in records:
+        assert record["dense_us"] > 0
+        assert record["sparse_us"] > 0
+        assert not record["error"]
+    assert records[1]["chosen"] == "vectors"
+    done = Result("bench", "--suite", "sparse", "--models", "conv1x1-256-29")
+    assert done.code == 1
+    assert "did you mean" in done.err

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_lists import list_operand
 
 import paring.ir.ops
 from paring.ir import (
@@ -37,7 +38,7 @@ from paring.ir import (
 from paring.ir.errors import InputError, IRTypeError, ParingError, VerifyError
 from paring.ir.interpreter import evaluate
 from paring.ir.op import Array, Sample
-from paring.ir.ops import attention, binary, conv, index, linear, norm, pool, reduce, shape, unary
+from paring.ir.ops import attention, binary, conv, index, linear, norm, pool, reduce, shape, sparse, unary
 from paring.ir.verify import verify
 from paring.testing import check_round_trip, graphs, random_graph, random_inputs
 
@@ -65,6 +66,8 @@ def operands_for(op: Op, types: tuple[TensorType, ...], rng: np.random.Generator
         kind = DTYPES[t.dtype].kind
         if isinstance(op, index.Gather | index.GatherElements) and position == 1:
             array: Array = rng.integers(0, types[0].shape[op.axis], t.shape)
+        elif isinstance(op, sparse.SparseConv2d | sparse.SparseLinear) and position in (2, 3):
+            array = list_operand(op.lists_of(types[0]), position, types)
         elif isinstance(op, norm.BatchNorm) and position == 4:
             array = rng.uniform(0.1, 2.0, t.shape)
         elif kind == "bool":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from paring.backends.targets import TARGETS
 from paring.passes.base import Pass
 from paring.passes.contract import Lossy
 from paring.passes.pipelines import PIPELINES, pipeline
@@ -256,7 +257,7 @@ def all_passes() -> list[type[Pass]]:
 
 
 def own_pipeline(name: str) -> tuple[Pass, ...]:
-    return pipeline(name, {"block": 8, "group": 4})
+    return pipeline(name, TARGETS["x86-avx2"].pipeline_options())
 
 
 @pytest.mark.parametrize("code", ["contract = Lossy('accuracy', 0.1)", "Rule(p, f, contracts.Lossy('a', 1.0))"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from sparse_lists import list_operand
 
 from paring.backends.families import lower_region
 from paring.backends.kernel import tvm_target
@@ -17,7 +18,7 @@ from paring.backends.lowering import LOWERINGS
 from paring.backends.targets import TARGETS, Target, missing_flags
 from paring.ir import OPS, Graph, Input, Node, interpret, magnitude_bound
 from paring.ir.op import Array, Op
-from paring.ir.ops import attention, binary, conv, index, linear, norm, pool, reduce, resize, scan, shape, unary
+from paring.ir.ops import attention, binary, conv, index, linear, norm, pool, reduce, resize, scan, shape, sparse, unary
 from paring.ir.types import DTYPES, TensorType
 
 HOST = [t for t in TARGETS.values() if t.arch == "x86_64" and not missing_flags(t)]
@@ -30,7 +31,18 @@ K_DEFAULT = 2.0
 
 # Ops whose results on small integers are small integers again: not a bit may differ.
 EXACT = (
-    *(conv.Conv2d, conv.ConvTranspose2d, linear.Linear, linear.Matmul, scan.CumSum, reduce.Sum, reduce.Max, reduce.Min),
+    *(
+        conv.Conv2d,
+        conv.ConvTranspose2d,
+        linear.Linear,
+        linear.Matmul,
+        sparse.SparseConv2d,
+        sparse.SparseLinear,
+        scan.CumSum,
+        reduce.Sum,
+        reduce.Max,
+        reduce.Min,
+    ),
     *(reduce.ArgMax, pool.MaxPool2d, unary.Relu, unary.Clamp, unary.Abs, unary.Neg, unary.Floor, unary.Ceil, unary.Round),
     *(unary.Sign, unary.LogicalNot, unary.Cast, binary.Add, binary.Sub, binary.Mul, binary.FloorDiv, binary.Remainder),
     *(binary.Maximum, binary.Minimum, binary.Equal, binary.NotEqual, binary.Less, binary.LessEqual, binary.Greater),
@@ -73,6 +85,8 @@ def random_array(rng: np.random.Generator, op: Op, position: int, types: Sequenc
     kind = DTYPES[t.dtype].kind
     if isinstance(op, index.Gather | index.GatherElements) and position == 1:
         return rng.integers(0, max(types[0].shape[op.axis], 1), t.shape).astype(t.dtype)
+    if isinstance(op, sparse.SparseConv2d | sparse.SparseLinear) and position in (2, 3):
+        return list_operand(op.lists_of(types[0]), position, tuple(types))
     if kind == "bool":
         return rng.random(t.shape) < 0.5
     low, high = getattr(op, "sample_range", (-3.0, 3.0))

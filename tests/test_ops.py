@@ -24,6 +24,7 @@ INTERNAL = {
     *("input", "const", "region"),
     *("layout_transform", "pack_conv_weight", "pack_linear_weight"),
     *("descale", "requantize", "quantized_mul", "lookup", "integer_attention"),
+    *("sparse_conv2d", "sparse_linear"),
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from paring.backends.targets import TARGETS
 from paring.ir import Graph, Input, Loc, Node, interpret, parse, same, show
 from paring.ir.errors import ArgumentError, IRTypeError, ParingError, ParseError
 from paring.ir.op import Array
@@ -50,7 +51,7 @@ def equal(a: Array, b: Array) -> bool:
 
 
 def blocked(block: int) -> tuple[Pass, ...]:
-    return pipeline("blocked", {"block": block, "group": 4})
+    return pipeline("blocked", {**TARGETS["x86-avx2"].pipeline_options(), "block": block})
 
 
 def run_checked(graph: Graph, block: int, *, every: bool = True) -> Result:
@@ -155,7 +156,7 @@ def test_true_in_small_letters_is_set_right() -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_reads_back(name: str) -> None:
-    passes = pipeline(name, {"block": 8, "group": 4})
+    passes = pipeline(name, TARGETS["x86-avx2"].pipeline_options())
     assert parse_pipeline(show_pipeline(passes)) == passes
     assert len(passes) == len(PIPELINES[name])
 

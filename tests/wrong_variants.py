@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import wrong_qdq
+import wrong_sparse
 
 from paring.ir import Graph, Node, Region
 from paring.ir.ops import attention, binary, linear, norm, pack, pool, reduce, shape, unary
@@ -490,5 +491,6 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
     "pack-linear": (_packed(4, True, True), _packed(4, False, False)),
     "gate-to-weights": (_gated_weights(gate_outputs=True), _gated_weights(gate_outputs=False)),
     **wrong_qdq.WRONG,
+    **wrong_sparse.WRONG,
 }
 """By rule: rewrites to put in place of the right one."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
+from typing import Any
 
 from tvm import tirx
 
@@ -39,6 +40,7 @@ from paring.ir.ops.conv import Conv2d
 # No vector has fewer lanes.
 NARROW = 4
 
+Pair = tuple[int, int]
 Taps = tuple[range, ...]  # for each kernel column the columns of a tile that it reaches inside the image
 
 
@@ -77,17 +79,25 @@ class Shape:
     def of(node: Node) -> Shape:
         op = node.op
         assert isinstance(op, Conv2d)
-        x, w = (operand.type.shape for operand in node.inputs[:2])
-        n, blocks, oh, ow, b = node.type.shape
+        w, b = node.inputs[1].type.shape, node.type.shape[4]
         block_in, _ = lay.weight_blocks(op.weight_layout) or (1, 1)
-        height, width, (top, left) = x[2], x[3], (side[0] for side in op.padding)
-        if w[2:4] == (1, 1) and op.stride == (1, 1) and (oh, ow) == (height, width):
+        blocks = node.type.shape[1] // op.groups
+        inputs, outputs = (op.in_channels or w[1] * block_in, w[1], block_in), (op.out_channels or blocks * b, blocks)
+        return Shape.around(node, op.groups, inputs, outputs, (w[2], w[3]))
+
+    @staticmethod
+    def around(node: Node, groups: int, inputs: tuple[int, int, int], outputs: Pair, kernel: Pair) -> Shape:
+        """The sizes of a node with the window of a convolution.
+
+        Of one group: `inputs` (channels, blocks, block) and `outputs` (channels, blocks).
+        """
+        op: Any = node.op
+        n, _, oh, ow, b = node.type.shape
+        height, width = node.inputs[0].type.shape[2:4]
+        if kernel == (1, 1) and op.stride == (1, 1) and (oh, ow) == (height, width):
             oh, ow, height, width = 1, oh * ow, 1, height * width
-        kernel = (w[2], w[3])
-        blocks //= op.groups
-        inner, outer = op.in_channels or w[1] * block_in, op.out_channels or blocks * b
-        size, place = (block_in, b, height, width, oh, ow, kernel), (op.stride, op.dilation, top, left)
-        return Shape(n, op.groups, inner, w[1], outer, blocks, *size, *place)
+        counts, size = (inputs[0], inputs[1], outputs[0], outputs[1], inputs[2], b), (height, width, oh, ow, kernel)
+        return Shape(n, groups, *counts, *size, op.stride, op.dilation, op.padding[0][0], op.padding[1][0])
 
     @property
     def padded_rows(self) -> bool:

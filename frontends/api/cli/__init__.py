@@ -107,8 +107,8 @@ def _verdict(net: Any, example: Any) -> Any:
 
 
 def bench(
-    suite: Annotated[str, typer.Option(help="cnn or transformer.")] = "cnn",
-    models: Annotated[str, typer.Option(help="Models by name, comma-separated, instead of a suite.")] = "",
+    suite: Annotated[str, typer.Option(help="cnn or transformer; sparse: layers with zeros against dense ones.")] = "cnn",
+    models: Annotated[str, typer.Option(help="Models (sparse: layers) by name, comma-separated, instead of a suite.")] = "",
     peers: Annotated[str, typer.Option(help="What to compare with, comma-separated; by default all that can.")] = "",
     against: Annotated[str, typer.Option(help="One system to compare with, instead of --peers: tvm-default.")] = "",
     precision: Annotated[str, typer.Option(help="float32 or int8: quantized by each system's own tools.")] = "float32",
@@ -131,12 +131,14 @@ def bench(
     """
     from paring.cli.bench import bench as measure
     from paring.cli.bench import coverage as check_coverage
-    from paring.cli.bench import split
+    from paring.cli.bench import sparse, split
 
     file = None if json_ in (None, "-") else json_
     names = split(models)
     if coverage:
         return check_coverage(names, threads, file, full=not small)
+    if suite == "sparse":
+        return sparse(names, threads, rounds, file, small=small)
     more = {"precision": precision, "seconds": seconds, "small": small, "passes": tuple(passes or ())}
     return measure(suite, names, split(against or peers), threads, rounds, file, **more)
 

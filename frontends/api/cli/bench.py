@@ -53,7 +53,7 @@ def bench(
     from paring.bench.variants import variants_table
     from paring.passes.pipelines import parse_pipeline
 
-    find(suite, dict.fromkeys(["coverage", *(model.suite for model in MODELS.values())]), "suite")
+    find(suite, dict.fromkeys(["coverage", "sparse", *(model.suite for model in MODELS.values())]), "suite")
     for kind, names, known in (("model", models, MODELS), ("precision", [precision], COMPARED), ("system", peers, SYSTEMS)):
         for name in names:
             find(name, known, kind)
@@ -68,6 +68,21 @@ def bench(
     view = [variants_table(records) if passes else table(records), text(f"{host()}; {threads} threads")]
     failed = all("error" in record for record in records)
     return Report(records, view + ([text(f"wrote {file}")] if file else []), USER if failed else OK)
+
+
+def sparse(layers: Sequence[str], threads: int, rounds: int, file: str | None, *, small: bool) -> Report:
+    """Sparse layers against dense ones, and from which share of zeros on each kind of mask pays."""
+    from paring.bench.run import host
+    from paring.bench.sparse import LAYERS, SMALL, as_json, crossover_lines, run_sparse, sparse_table
+
+    for name in layers:
+        find(name, SMALL if small else LAYERS, "layer")
+    check_writable(file)
+    records = run_sparse(layers, threads, rounds, file, small=small)
+    lines = [*crossover_lines(records), f"{host()}; {threads} threads"]
+    failed = any(record.error for record in records)
+    view = [sparse_table(records), *map(text, lines), *([text(f"wrote {file}")] if file else [])]
+    return Report([as_json(record) for record in records], view, MISMATCH if failed else OK)
 
 
 def coverage(models: Sequence[str], threads: int, file: str | None, *, full: bool) -> Report:

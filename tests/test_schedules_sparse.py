@@ -1,0 +1,154 @@
+"""Kernels of sparse layers against the reference: on small integers every sum is exact, so results agree bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+
+import paring
+from paring.backends import emulator_build
+from paring.backends.families import choose, lower_region
+from paring.backends.kernel import tvm_target
+from paring.backends.targets import TARGETS, Target, missing_flags
+from paring.ir import Const, Graph, Input, Node, interpret
+from paring.ir.op import Array
+from paring.ir.ops.binary import Add
+from paring.ir.ops.sparse import Lists, SparseConv2d, SparseLinear
+from paring.ir.ops.unary import Floor, Relu
+
+X86 = ("x86-avx512", "x86-avx2")
+Case = tuple[Graph, list[Array]]
+
+
+def thinned(rng: np.random.Generator, density: float, *shape: int) -> Array:
+    """Small integers, most of them zero; an output and an input channel without any."""
+    weight = rng.integers(-4, 5, shape) * (rng.random(shape) < density)
+    weight[shape[0] // 2], weight[:, shape[1] // 3] = 0, 0
+    return weight.astype("float32")
+
+
+def case(op: SparseConv2d | SparseLinear, x: tuple[int, ...], density: float = 0.3, epilogue: str = "relu") -> Case:
+    """A region around a layer, and what it is given. With `add` another tensor is added."""
+    rng = np.random.default_rng(len(x) + op.block)
+    arrays = [rng.integers(-4, 5, x).astype("float32")]
+    node = Node(Input("x", "float32", x))
+    cut = op.lists_of(node.type)
+    outputs, taps = cut.outputs, op.kernel if isinstance(op, SparseConv2d) else ()
+    arrays += map(np.ascontiguousarray, cut.pack(thinned(rng, density, outputs, cut.inputs, *taps)))
+    lists = [Node(Input(f"a{i}", str(a.dtype), a.shape)) for i, a in enumerate(arrays[1:])]
+    bare = Node(op, (node, *lists))
+    channels = bare.type.shape[-1] if bare.type.rank != 5 else bare.type.shape[1] * bare.type.shape[4]
+    bias = rng.integers(-4, 5, channels).astype("float32")
+    bias[outputs:] = 0
+    given = [node, *lists, Node(Input("b", "float32", bias.shape))]
+    arrays.append(bias)
+    y = Node(op, given)
+    if epilogue == "add":
+        given.append(Node(Input("other", "float32", y.type.shape)))
+        arrays.append(rng.integers(-4, 5, y.type.shape).astype("float32"))
+        y = Node(Add(), (y, given[-1]))
+    last = {"relu": Relu(), "add": Relu(), "floor": Floor()}[epilogue]
+    return Graph(tuple(given), (Node(last, (y,)),)), arrays
+
+
+def conv(b: int, block: int, channels: tuple[int, int], kernel: int, span: int = 0, **window: object) -> SparseConv2d:
+    inputs, outputs = channels
+    image = {"layout": f"NCHW{b}c", "out_layout": f"NCHW{b}c", **window}
+    return SparseConv2d(outputs, inputs, (kernel, kernel), block, span or inputs, **image)  # type: ignore[arg-type]
+
+
+def image(b: int, channels: int, height: int, width: int, batch: int = 1) -> tuple[int, ...]:
+    return (batch, -(-channels // b), height, width, b)
+
+
+def cases(b: int) -> list[tuple[str, Case]]:
+    """For vectors of b channels: the family that has to run it, and the case."""
+    pad, uneven = ((1, 1), (1, 1)), ((2, 0), (0, 1))
+    rows = [
+        case(conv(b, 1, (4 * b, 2 * b), 1, 2 * b), image(b, 4 * b, 9, 7), epilogue="add"),
+        case(conv(b, 1, (2 * b + 3, b + 5), 3, b, padding=pad), image(b, 2 * b + 3, 5, 7, 2)),
+        case(
+            conv(b, 1, (b, 2 * b), 3, stride=(2, 2), padding=uneven, dilation=(1, 2)),
+            image(b, b, 8, 9),
+            epilogue="floor",
+        ),
+        case(SparseLinear(2 * b + 3, 1, 2 * b), (3, 2 * b + 5, 3 * b + 1)),
+        case(SparseLinear(b, 1, 2 * b), (1, 2 * b), 0.0),
+    ]
+    vectors = [
+        case(conv(b, b, (2 * b, 2 * b), 1), image(b, 2 * b, 9, 7), 0.03, epilogue="add"),
+        case(conv(b, b, (2 * b + 3, b + 5), 3, padding=pad), image(b, 2 * b + 3, 5, 7, 2), 0.03),
+        case(conv(b, b, (3, 2 * b), 3, stride=(2, 1), dilation=(2, 1), layout="NCHW"), (1, 3, 8, 9), 0.1),
+        case(SparseLinear(2 * b + 3, b, 37), (3, 11, 37), 0.03, epilogue="floor"),
+        case(SparseLinear(3 * b, b, 64), (1, 64), 0.05),
+    ]
+    generic = [
+        case(conv(b, 2, (b, 2 * b), 1), image(b, b, 3, 4)),
+        case(SparseLinear(b, 1, b), (20, b - 1)) if b < 8 else case(SparseLinear(b, 4, b), (5, b)),
+    ]
+    return [
+        *(("sparse-rows", each) for each in rows),
+        *(("sparse-vectors", each) for each in vectors),
+        *(("elementwise", each) for each in generic),
+    ]
+
+
+def native(name: str) -> Target:
+    missing = missing_flags(TARGETS[name])
+    if missing:
+        pytest.skip(f"this host lacks {', '.join(missing)}")
+    return TARGETS[name]
+
+
+@pytest.mark.parametrize("name", X86)
+def test_kernels_agree_with_the_reference(name: str) -> None:
+    target = native(name)
+    found = cases(target.block)
+    functions = {}
+    for number, (family, (body, _)) in enumerate(found):
+        assert choose(body, target)[0].name == family, f"case {number}"
+        functions[f"k{number}"] = lower_region(body, target, f"k{number}")
+    library = tvm.compile(tvm.IRModule(functions), target=tvm_target(target))
+    for number, (_, (body, arrays)) in enumerate(found):
+        (expected,) = interpret(body, arrays)
+        # Whatever is written outside of the result shows in the guard behind it.
+        result = tvm.runtime.tensor(np.full(expected.size + 64, 7.5, "float32"))
+        flat = [tvm.runtime.tensor(a.ravel() if a.size else np.zeros(1, a.dtype)) for a in arrays]
+        library[f"k{number}"](*flat, result._create_view((expected.size,)))
+        got = result.numpy()
+        assert (got[expected.size :] == 7.5).all(), f"case {number} wrote behind the result"
+        np.testing.assert_array_equal(got[: expected.size].reshape(expected.shape), expected, str(body.outputs[0].inputs[0].op))
+
+
+@pytest.mark.skipif(bool(emulator_build.missing()), reason=f"no emulated ARM: {', '.join(emulator_build.missing())}")
+def test_kernels_on_the_emulated_arm() -> None:
+    """All layers of one program, of constants; the blocks of this target are two vectors wide."""
+    found = [each for family, each in cases(TARGETS["arm"].block) if family != "elementwise"]
+    inputs, outputs, given, expected = [], [], [], []
+    for body, arrays in found:
+        x = Node(Input("x", "float32", arrays[0].shape))
+        new = {node: Node(Const(array)) for node, array in zip(body.inputs[1:], arrays[1:], strict=True)}
+        new[body.inputs[0]] = x
+        for node in body.nodes():
+            if node not in new:
+                new[node] = Node(node.op, [new[operand] for operand in node.inputs])
+        inputs.append(x)
+        outputs.append(new[body.outputs[0]])
+        given.append(arrays[0])
+        expected += interpret(body, arrays)
+    graph = Graph(tuple(inputs), tuple(outputs))
+    with paring.compile(graph, target="arm", device="emulator", pipeline="fuse") as net:
+        for got, want in zip(net(*given), expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_every_place_counts() -> None:
+    """What the kernels read is what the lists say: a weight is packed and unpacked without loss, whatever the cut."""
+    rng = np.random.default_rng(0)
+    for outputs, inputs, taps, block, span in ((6, 5, 9, 4, 5), (7, 9, 1, 1, 4), (16, 32, 9, 16, 32), (33, 20, 2, 8, 7)):
+        weight = thinned(rng, 0.4, outputs, inputs, taps)
+        cut = Lists(outputs, inputs, taps, block, span)
+        values, places, starts = cut.pack(weight)
+        cut.check(places, starts)
+        np.testing.assert_array_equal(cut.unpack(values, places, starts), weight)

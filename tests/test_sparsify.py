@@ -1,0 +1,221 @@
+"""`sparsify`: which layers become sparse, what it says of the others, and lists that are damaged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import paring
+from paring.backends.targets import TARGETS
+from paring.ir import Const, Graph, Input, Node, Region, constants, interpret, parse, same, show
+from paring.ir.errors import ArgumentError, IRTypeError, VerifyError
+from paring.ir.op import Array
+from paring.ir.ops import conv, linear, sparse, unary
+from paring.ir.verify import verify
+from paring.passes.ledger import measure
+from paring.passes.manager import Result, run_pipeline
+from paring.passes.pipelines import parse_pipeline, pipeline
+from paring.passes.sparsify import Sparsify
+
+TARGET = TARGETS["x86-avx512"].pipeline_options()
+
+
+def compiled(graph: Graph, format: str = "auto") -> Result:
+    """What the passes of an AVX-512 target make of a program."""
+    own = pipeline("blocked", TARGET)
+    return run_pipeline(graph, [replace(p, format=format) if isinstance(p, Sparsify) else p for p in own])
+
+
+def constant(array: Array) -> Node:
+    return Node(Const(array.astype("float32")))
+
+
+def masked(mask: Array) -> Node:
+    return constant(np.random.default_rng(1).integers(1, 5, mask.shape) * mask)
+
+
+def a_conv(mask: Array, size: int = 14) -> Graph:
+    x = Node(Input("x", "float32", (1, mask.shape[1], size, size)))
+    pads = ((mask.shape[2] // 2,) * 2,) * 2
+    return Graph((x,), (Node(unary.Relu(), (Node(conv.Conv2d(padding=pads), (x, masked(mask))),)),))
+
+
+def a_linear(mask: Array, rows: int = 64) -> Graph:
+    x = Node(Input("x", "float32", (rows, mask.shape[1])))
+    return Graph((x,), (Node(linear.Linear(), (x, masked(mask))),))
+
+
+def scattered(density: float, *shape: int) -> Array:
+    return np.random.default_rng(0).random(shape) < density
+
+
+def in_blocks(density: float, *shape: int) -> Array:
+    return np.repeat(scattered(density, shape[0] // 16, *shape[1:]), 16, 0)
+
+
+def format_of(result: Result) -> str:
+    members = [n for node in result.graph.nodes() for n in (node.op.body.nodes() if isinstance(node.op, Region) else [node])]
+    layers = [node.op for node in members if isinstance(node.op, sparse.SparseConv2d | sparse.SparseLinear)]
+    return "dense" if not layers else "rows" if layers[0].block == 1 else "vectors"
+
+
+def reasons(result: Result) -> str:
+    return "; ".join(why for name, _, why in result.declined if name == "sparsify")
+
+
+DECISIONS = {
+    "unstructured 1x1": (a_conv(scattered(0.2, 256, 256, 1, 1)), "rows"),
+    "blocks 1x1": (a_conv(in_blocks(0.5, 256, 256, 1, 1)), "vectors"),
+    "unstructured 3x3": (a_conv(scattered(0.2, 64, 64, 3, 3)), "rows"),
+    "blocks 3x3": (a_conv(in_blocks(0.5, 64, 64, 3, 3)), "vectors"),
+    "unread inputs": (a_conv(np.broadcast_to(np.arange(64)[:, None, None] % 2 == 0, (64, 64, 3, 3))), "vectors"),
+    "nothing": (a_conv(np.zeros((64, 64, 1, 1))), "vectors"),
+    "unstructured linear": (a_linear(scattered(0.2, 256, 256)), "rows"),
+    "blocks linear": (a_linear(in_blocks(0.3, 256, 256)), "vectors"),
+    "one row": (a_linear(scattered(0.5, 256, 256), 1), "dense"),
+    "one row of blocks": (a_linear(in_blocks(0.5, 256, 256), 1), "vectors"),
+    "too dense": (a_conv(scattered(0.9, 64, 64, 1, 1)), "dense"),
+    "few channels": (a_conv(scattered(0.5, 16, 3, 3, 3)), "dense"),
+    "all of it": (a_conv(np.ones((64, 64, 1, 1))), "dense"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", DECISIONS)
+def test_the_format_is_what_costs_least(name: str) -> None:
+    graph, wanted = DECISIONS[name]
+    result = compiled(graph)
+    assert format_of(result) == wanted, reasons(result)
+    entry = next(e for e in result.ledger.entries if e.name.startswith("sparsify"))
+    assert len(entry.notes) == (wanted != "dense")
+    assert bool(reasons(result)) == (wanted == "dense")
+    if wanted != "dense":
+        assert entry.after.macs < entry.before.macs
+        assert "stored" in entry.notes[0]
+
+
+@pytest.mark.fast
+def test_a_format_can_be_asked_for_and_forbidden() -> None:
+    graph = a_conv(scattered(0.9, 64, 64, 1, 1))
+    assert [format_of(compiled(graph, name)) for name in ("rows", "vectors", "none")] == ["rows", "vectors", "dense"]
+
+
+@pytest.mark.fast
+def test_why_not() -> None:
+    assert "100% of its weights are not zero" in reasons(compiled(a_linear(np.ones((32, 32)))))
+    assert "what it takes dense" in reasons(compiled(a_linear(scattered(0.5, 256, 256), 1)))
+    x = Node(Input("x", "float32", (1, 32, 8, 8)))
+    grouped = Node(conv.Conv2d(groups=2), (x, masked(scattered(0.1, 32, 16, 3, 3))))
+    assert "its channels are in groups" in reasons(compiled(Graph((x,), (grouped,))))
+    bytes_ = Node(Input("x", "int8", (64, 32)))
+    integers = Node(linear.Linear(), (bytes_, Node(Const(np.zeros((32, 32), "int8")))))
+    assert "only float32 has sparse kernels" in reasons(compiled(Graph((bytes_,), (integers,))))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("text", "named"), [("sparsify{format='csr'}", "csr"), ("sparsify{block=0}", "block"), ("sparsify{span=24}", "span")]
+)
+def test_options_out_of_range(text: str, named: str) -> None:
+    with pytest.raises(ArgumentError, match=named):
+        parse_pipeline(text)
+
+
+@pytest.mark.fast
+def test_dense_programs_come_out_as_they_were() -> None:
+    graph = a_conv(np.ones((64, 64, 3, 3)))
+    without = [str(step) for step in pipeline("blocked", TARGET) if step.name != "sparsify"]
+    assert show(compiled(graph).graph) == show(run_pipeline(graph, parse_pipeline(without)).graph)
+
+
+@pytest.mark.fast
+def test_sparse_programs_read_back_and_count_what_is_stored() -> None:
+    mask = scattered(0.2, 64, 64, 1, 1)
+    result = compiled(a_conv(mask))
+    assert same(parse(show(result.graph), constants(result.graph)), result.graph)
+    assert measure(result.graph).macs == int(mask.sum()) * 14 * 14
+
+
+def a_sparse_linear(values: Array, places: Array, starts: Array) -> Graph:
+    """Six outputs of eight inputs, single weights, in two spans."""
+    x = Node(Input("x", "float32", (3, 8)))
+    lists = [Node(Const(array)) for array in (values, places, starts)]
+    return Graph((x,), (Node(unary.Relu(), (Node(sparse.SparseLinear(6, 1, 4), (x, *lists)),)),))
+
+
+GOOD = sparse.Lists(6, 8, 1, 1, 4).pack((np.arange(48).reshape(6, 8) % 3 == 0).astype("float32"))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("what", "position", "index", "value"),
+    [
+        ("a place lies outside of its list's input channels", 1, 0, 8),
+        ("a place lies outside of its list's input channels", 1, 0, -1),
+        ("a place lies outside of its list's input channels", 1, -1, 0),
+        ("places do not ascend", 1, 1, 0),
+        ("starts descend", 2, 1, 9),
+        ("the lists do not cover the 16 places", 2, -1, 12),
+        ("the lists do not cover the 16 places", 2, 0, 1),
+    ],
+)
+def test_damaged_lists_are_found_in_the_constants(what: str, position: int, index: int, value: int) -> None:
+    verify(a_sparse_linear(*GOOD))
+    damaged = [array.copy() for array in GOOD]
+    damaged[position][index] = value
+    graph = a_sparse_linear(*damaged)
+    with pytest.raises(VerifyError) as caught:
+        verify(graph)
+    assert what in str(caught.value)
+    assert "sparse_linear(float32[3,8], float32[16,1], int32[16], int32[13])" in str(caught.value)
+    # Inside of a region the lists are operands.
+    fused = run_pipeline(a_sparse_linear(*GOOD), parse_pipeline("fuse")).graph.outputs[0]
+    inputs = [*fused.inputs[:1], *(Node(Const(array)) for array in damaged)]
+    with pytest.raises(VerifyError, match="region sparse_linear"):
+        verify(Graph((fused.inputs[0],), (Node(fused.op, inputs),)))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("arrays", "what"),
+    [
+        ((GOOD[0].ravel(), *GOOD[1:]), "values are not rows of 1"),
+        ((GOOD[0][1:], *GOOD[1:]), "places are not one for each row of values"),
+        ((GOOD[0], GOOD[1].astype("int64"), GOOD[2]), "places are not one for each row of values"),
+        ((*GOOD[:2], GOOD[2][1:]), "starts do not bound 12 lists"),
+        ((GOOD[0].astype("float64"), *GOOD[1:]), "x and values differ in dtype"),
+    ],
+)
+def test_operands_that_are_no_lists(arrays: tuple[Array, Array, Array], what: str) -> None:
+    with pytest.raises(IRTypeError, match=what):
+        a_sparse_linear(*arrays)
+
+
+def network() -> Graph:
+    """An image through a convolution of each format, and rows of a matrix."""
+    x = Node(Input("x", "float32", (1, 16, 12, 12)))
+    pads = ((1, 1), (1, 1))
+    y = Node(unary.Clamp(-2.0, 2.0), (Node(conv.Conv2d(padding=pads), (x, masked(scattered(0.1, 64, 16, 3, 3)))),))
+    y = Node(unary.Clamp(-2.0, 2.0), (Node(conv.Conv2d(), (y, masked(in_blocks(0.2, 48, 64, 1, 1)))),))
+    rows = Node(Input("rows", "float32", (40, 64)))
+    z = Node(linear.Linear(), (rows, masked(scattered(0.1, 80, 64)), constant(np.arange(80))))
+    return Graph((x, rows), (y, z))
+
+
+def test_a_network_with_zeros_is_compiled_saved_and_loaded(tmp_path: Path) -> None:
+    """The same bits as the program it came from: all its sums are exact."""
+    graph = network()
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-2, 3, node.type.shape).astype("float32") for node in graph.inputs]
+    with paring.compile(graph, target="native") as net:
+        kinds = [line for line in str(net.ledger).splitlines() if "stored" in line]
+        assert len(kinds) == 3, kinds
+        for got, want in zip(net(*arrays), interpret(graph, arrays), strict=True):
+            np.testing.assert_array_equal(got, want)
+        net.save(tmp_path / "net.paring")
+        with paring.load(tmp_path / "net.paring") as again:
+            for got, want in zip(again(*arrays), net(*arrays), strict=True):
+                np.testing.assert_array_equal(got, want)

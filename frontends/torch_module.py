@@ -17,7 +17,7 @@ from paring.frontends.torch_ops import TORCH, compute, is_plain
 from paring.ir.errors import ArgumentError, InputError, UnsupportedOpsError, a_kind
 from paring.ir.graph import Graph, Node, rebuild
 from paring.ir.op import Array, Op
-from paring.ir.ops import binary, conv, index, linear, norm, pack, pool, shape
+from paring.ir.ops import binary, conv, index, linear, norm, pack, pool, shape, sparse
 from paring.ir.ops.core import Const, Input, Region
 
 # By operator class which operands are learned, by their position, and what they are called.
@@ -38,7 +38,7 @@ LEARNED: dict[type[Op], dict[int, str]] = {
     binary.Div: {0: "scale", 1: "scale"},
 }
 ARITHMETIC = (binary.Add, binary.Sub, binary.Mul, binary.Div)
-LOWERED = (Region, shape.LayoutTransform, pack.PackConvWeight, pack.PackLinearWeight)
+LOWERED = (Region, shape.LayoutTransform, pack.PackConvWeight, pack.PackLinearWeight, sparse.SparseConv2d, sparse.SparseLinear)
 # A constant beyond this that is added is a mask: minus infinity written as a number.
 MOST_SHIFT = 1000.0
 

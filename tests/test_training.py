@@ -25,7 +25,7 @@ from paring.ir.ops import binary, index, linear, norm, quantized, unary
 from paring.ir.types import BYTES, DTYPES, TensorType
 from paring.passes.contract import ulps_apart
 from paring.passes.manager import run_pipeline
-from paring.passes.pipelines import pipeline
+from paring.passes.pipelines import parse_pipeline
 from paring.testing import random_graph, random_inputs
 
 # Roundings of torch at each node, in ulps of the magnitude bound: its functions are good to a few of them.
@@ -35,6 +35,7 @@ SLOPE_ERROR = 1e-3
 # What torch does not compute for us: of targets and their layouts, and of 8-bit integers.
 WITHOUT_A_ROW = {
     *("input", "const", "region", "layout_transform", "pack_conv_weight", "pack_linear_weight", "integer_attention"),
+    *("sparse_conv2d", "sparse_linear"),
     *("quantize", "dequantize", "dequantize_channels", "descale", "requantize", "quantized_mul", "lookup"),
 }
 
@@ -211,7 +212,7 @@ def test_what_torch_cannot_train_is_named_at_once() -> None:
     q = Node(quantized.Quantize(scale=0.5), [x])
     with pytest.raises(UnsupportedOpsError, match=r"quantize \(1\), dequantize \(1\)"):
         to_torch(Graph((x,), (Node(quantized.Dequantize(0.5), [q]),)))
-    graph = run_pipeline(ladder(), pipeline("blocked", {"block": 8, "group": 1})).graph
+    graph = run_pipeline(ladder(), parse_pipeline("layout{block=8, group=1}")).graph
     with pytest.raises(ArgumentError, match="lowered to a target"):
         to_torch(graph)
 

@@ -8,17 +8,17 @@ from itertools import takewhile
 from paring.ir.errors import ArgumentError
 from paring.passes.base import Pass, parse_pass
 from paring.passes.canonicalize import Canonicalize
-from paring.passes.compress.adaround import AdaRound
-from paring.passes.compress.correct_bias import CorrectBias
-from paring.passes.compress.equalize import Equalize
+from paring.passes.compress.channels.prune_channels import PruneChannels
+from paring.passes.compress.channels.prune_search import PruneSearch
 from paring.passes.compress.finetune import FineTune
-from paring.passes.compress.import_masks import ImportMasks
-from paring.passes.compress.prune_channels import PruneChannels
-from paring.passes.compress.prune_pattern import PrunePattern
-from paring.passes.compress.prune_search import PruneSearch
-from paring.passes.compress.prune_weights import PruneBlock, PruneKernel, PruneNm, PruneUnstructured, PruneVector
-from paring.passes.compress.quantize import Quantize
-from paring.passes.compress.smooth import Smooth
+from paring.passes.compress.masks.import_masks import ImportMasks
+from paring.passes.compress.masks.prune_pattern import PrunePattern
+from paring.passes.compress.masks.prune_weights import PruneBlock, PruneKernel, PruneNm, PruneUnstructured, PruneVector
+from paring.passes.compress.quantization.adaround import AdaRound
+from paring.passes.compress.quantization.correct_bias import CorrectBias
+from paring.passes.compress.quantization.equalize import Equalize
+from paring.passes.compress.quantization.quantize import Quantize
+from paring.passes.compress.quantization.smooth import Smooth
 from paring.passes.const_fold import ConstFold
 from paring.passes.cse import Cse
 from paring.passes.dce import Dce

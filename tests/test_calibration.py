@@ -22,7 +22,7 @@ from paring.backends import targets
 from paring.bench.networks import small_resnet
 from paring.compiler import import_any
 from paring.ir import interpret
-from paring.passes.compress.units import is_pair
+from paring.passes.compress.quantization.units import is_pair
 from paring.passes.manager import run_pipeline
 from paring.passes.pipelines import parse_pipeline, pipeline
 

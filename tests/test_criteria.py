@@ -11,11 +11,11 @@ from test_quantize import Batches, batches_for, layer, noise, weight
 from paring.ir import Const, Graph, Input, Loc, Node, interpret
 from paring.ir.errors import ArgumentError
 from paring.ir.ops import linear, reduce, unary
-from paring.passes.compress.channel_evidence import _greedy, _summed, reconstruction_errors, zero_shares
-from paring.passes.compress.channel_rules import channels_of
+from paring.passes.compress.channels.channel_evidence import _greedy, _summed, reconstruction_errors, zero_shares
+from paring.passes.compress.channels.channel_rules import channels_of
+from paring.passes.compress.channels.cut import masked
+from paring.passes.compress.channels.prune_channels import PruneChannels
 from paring.passes.compress.criteria import CHANNEL_CRITERIA, CRITERIA, WEIGHT_CRITERIA, Evidence
-from paring.passes.compress.cut import masked
-from paring.passes.compress.prune_channels import PruneChannels
 from paring.passes.manager import run_pipeline
 from paring.passes.pipelines import parse_pipeline
 from paring.passes.rewriter import Context

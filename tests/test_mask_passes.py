@@ -15,7 +15,7 @@ from paring.ir import Const, Graph, Input, Loc, Node
 from paring.ir.errors import ArgumentError, InputError, ModelError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, index, linear, shape, unary
-from paring.passes.compress.structure import structure
+from paring.passes.compress.masks.structure import structure
 from paring.passes.contract import Lossy
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pipelines import parse_pipeline, with_users

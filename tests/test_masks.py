@@ -17,9 +17,9 @@ from paring.ir import Graph, Node
 from paring.ir.errors import ParingError
 from paring.ir.op import Array
 from paring.ir.ops import conv, linear
-from paring.passes.compress.mask_pass import MaskPass, RatioPass
-from paring.passes.compress.prune_pattern import PrunePattern
-from paring.passes.compress.prune_weights import PruneBlock, PruneKernel, PruneNm, PruneUnstructured, PruneVector
+from paring.passes.compress.masks.mask_pass import MaskPass, RatioPass
+from paring.passes.compress.masks.prune_pattern import PrunePattern
+from paring.passes.compress.masks.prune_weights import PruneBlock, PruneKernel, PruneNm, PruneUnstructured, PruneVector
 from paring.passes.manager import run_pass
 from paring.passes.rewriter import Context
 from paring.testing import check_round_trip, random_graph

@@ -12,7 +12,7 @@ from paring.ir.errors import ArgumentError, InputError
 from paring.ir.op import Array
 from paring.ir.ops import quantized
 from paring.ir.ops.core import Input
-from paring.passes.compress.observers import NAMES, Histogram, affine, make_observer
+from paring.passes.compress.quantization.observers import NAMES, Histogram, affine, make_observer
 
 pytestmark = pytest.mark.fast
 

@@ -48,7 +48,8 @@ def test_every_operator_class_is_in_the_table() -> None:
 def test_every_operator_is_imported_or_internal() -> None:
     """By name: an importer that makes nodes of an operator names its class."""
     names: set[str] = set()
-    for path in FRONTENDS.glob("*.py"):
+    # What makes torch modules of graphs names operators too.
+    for path in sorted(set(FRONTENDS.glob("*.py")) - {FRONTENDS / "torch_module.py", FRONTENDS / "torch_ops.py"}):
         for node in ast.walk(ast.parse(path.read_text())):
             names |= {node.id} if isinstance(node, ast.Name) else {node.attr} if isinstance(node, ast.Attribute) else set()
     imported = {name for name, cls in OPS.items() if cls.__name__ in names}

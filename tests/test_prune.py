@@ -17,10 +17,10 @@ from paring.ir.errors import ArgumentError, IRTypeError, ParingError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, reduce, unary
 from paring.ir.verify import verify
-from paring.passes.compress.channel_rules import channels_of
+from paring.passes.compress.channels.channel_rules import channels_of
+from paring.passes.compress.channels.cut import masked
+from paring.passes.compress.channels.prune_channels import PruneChannels
 from paring.passes.compress.criteria import CHANNEL_CRITERIA, CRITERIA
-from paring.passes.compress.cut import masked
-from paring.passes.compress.prune_channels import PruneChannels
 from paring.passes.contract import Exact, check
 from paring.passes.ledger import Ledger, measure
 from paring.passes.manager import Result, run_pass, run_pipeline

@@ -12,8 +12,8 @@ pytest.importorskip("torch")
 from paring.bench.models import MODELS
 from paring.compiler import import_any
 from paring.ir import Graph
-from paring.passes.compress.cut import masked
-from paring.passes.compress.prune_channels import PruneChannels
+from paring.passes.compress.channels.cut import masked
+from paring.passes.compress.channels.prune_channels import PruneChannels
 from paring.passes.contract import Exact, check
 from paring.passes.ledger import measure
 from paring.passes.manager import run_pass, run_pipeline

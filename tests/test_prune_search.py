@@ -13,14 +13,14 @@ from test_quantize import layer, weight
 from paring.ir import Const, Graph, Input, Loc, Node, interpret, show
 from paring.ir.errors import ArgumentError, ParingError
 from paring.ir.ops import linear
-from paring.passes.compress import paying
-from paring.passes.compress.channel_rules import channels_of
-from paring.passes.compress.costs import Costs
-from paring.passes.compress.families import Families
-from paring.passes.compress.paying import conversion, slower
-from paring.passes.compress.prune_channels import PruneChannels, ranked
-from paring.passes.compress.prune_search import PruneSearch
-from paring.passes.compress.sensitivity import Curve
+from paring.passes.compress.channels import paying
+from paring.passes.compress.channels.channel_rules import channels_of
+from paring.passes.compress.channels.costs import Costs
+from paring.passes.compress.channels.families import Families
+from paring.passes.compress.channels.paying import conversion, slower
+from paring.passes.compress.channels.prune_channels import PruneChannels, ranked
+from paring.passes.compress.channels.prune_search import PruneSearch
+from paring.passes.compress.channels.sensitivity import Curve
 from paring.passes.ledger import NETWORK, Ledger, measure
 from paring.passes.machine import Machine, Timing, modelled, module_of, staircase
 from paring.passes.manager import Result, run_pipeline
@@ -131,7 +131,6 @@ def test_costs_of_counts_are_those_of_graphs(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "takes one budget, not none"),
         ("macs=0.5, size=0.5", "takes one budget, not macs and size"),
         ("macs=0.0", "macs is 0.0"),
         ("latency=1.5", "latency is 1.5"),

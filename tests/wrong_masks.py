@@ -11,11 +11,11 @@ import numpy as np
 
 from paring.ir.op import Array
 from paring.passes.base import Pass
-from paring.passes.compress import mask_pass, masks, prune_pattern
 from paring.passes.compress.criteria import SLACK
-from paring.passes.compress.grid import Grid
-from paring.passes.compress.prune_pattern import PrunePattern
-from paring.passes.compress.prune_weights import PruneBlock, PruneKernel, PruneNm, PruneUnstructured, PruneVector
+from paring.passes.compress.masks import mask_pass, masks, prune_pattern
+from paring.passes.compress.masks.grid import Grid
+from paring.passes.compress.masks.prune_pattern import PrunePattern
+from paring.passes.compress.masks.prune_weights import PruneBlock, PruneKernel, PruneNm, PruneUnstructured, PruneVector
 
 Patch = Callable[[], AbstractContextManager[Any]]
 WrongMask = tuple[Pass, Patch]

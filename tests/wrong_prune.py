@@ -13,9 +13,9 @@ import numpy as np
 from paring.ir import Node
 from paring.ir.op import Op
 from paring.ir.ops import conv, norm, shape, unary
-from paring.passes.compress import channel_rules, cut
-from paring.passes.compress.channels import Flow
-from paring.passes.compress.labels import Coupling, Value
+from paring.passes.compress.channels import channel_rules, cut
+from paring.passes.compress.channels.channels import Flow
+from paring.passes.compress.channels.labels import Coupling, Value
 
 Mistake = Callable[[], AbstractContextManager[Any]]
 

@@ -12,7 +12,7 @@ from paring.ir.interpreter import check_inputs, evaluate
 from paring.ir.op import Array
 from paring.ir.ops import norm
 from paring.ir.ops.core import Const, Input
-from paring.passes.compress.observers import Affine, Observer, affine
+from paring.passes.compress.quantization.observers import Affine, Observer, affine
 from paring.passes.rewriter import Context, describe
 
 # Values beyond this are masks: minus infinity written as a finite number.

@@ -13,8 +13,8 @@ from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.passes.compress import slopes
 from paring.passes.compress.calibrate import check_calibration
-from paring.passes.compress.channel_evidence import reconstruction_errors, zero_shares
-from paring.passes.compress.channels import Channels, Group
+from paring.passes.compress.channels.channel_evidence import reconstruction_errors, zero_shares
+from paring.passes.compress.channels.channels import Channels, Group
 from paring.passes.compress.operands import see_operands
 from paring.passes.rewriter import Context
 from paring.passes.util import const_value

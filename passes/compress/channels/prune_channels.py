@@ -13,8 +13,11 @@ from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.passes.base import Pass
-from paring.passes.compress.channel_rules import channels_of
-from paring.passes.compress.channels import Channels, Group
+from paring.passes.compress.channels.channel_rules import channels_of
+from paring.passes.compress.channels.channels import Channels, Group
+from paring.passes.compress.channels.cut import removed_by, without
+from paring.passes.compress.channels.families import Families
+from paring.passes.compress.channels.paying import keep_what_pays
 from paring.passes.compress.criteria import (
     CHANNEL_CRITERIA,
     SCOPES,
@@ -24,9 +27,6 @@ from paring.passes.compress.criteria import (
     check_choice,
     check_evidence,
 )
-from paring.passes.compress.cut import removed_by, without
-from paring.passes.compress.families import Families
-from paring.passes.compress.paying import keep_what_pays
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
 

@@ -13,8 +13,8 @@ from paring.ir.interpreter import interpret
 from paring.ir.op import Array, Op
 from paring.ir.ops import ELEMENTWISE, attention, conv, linear, norm, shape
 from paring.ir.ops.core import Const
-from paring.passes.compress.channels import Channels, Group
-from paring.passes.compress.rescale import is_layer
+from paring.passes.compress.channels.channels import Channels, Group
+from paring.passes.compress.quantization.rescale import is_layer
 from paring.passes.util import by_class, channel_axis, const_value, constant, with_operands
 
 Operands = Sequence[Node]

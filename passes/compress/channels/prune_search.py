@@ -12,17 +12,19 @@ from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import check_calibration
-from paring.passes.compress.channel_rules import channels_of
-from paring.passes.compress.costs import KINDS, Costs
+from paring.passes.compress.channels.channel_rules import channels_of
+from paring.passes.compress.channels.costs import KINDS, Costs
+from paring.passes.compress.channels.families import Families
+from paring.passes.compress.channels.paying import timer
+from paring.passes.compress.channels.prune_channels import decline_stays, ranked, removed
+from paring.passes.compress.channels.sensitivity import Curve, Judge, scan, table
 from paring.passes.compress.criteria import CHANNEL_CRITERIA, check_choice
-from paring.passes.compress.families import Families
-from paring.passes.compress.paying import timer
-from paring.passes.compress.prune_channels import decline_stays, ranked, removed
-from paring.passes.compress.sensitivity import Curve, Judge, scan, table
 from paring.passes.contract import Lossy
 from paring.passes.ledger import measure
 from paring.passes.rewriter import Context
 
+# The share of multiply-adds that may be left where no budget is given.
+DEFAULT = 0.5
 METHODS = ("greedy", "evolutionary")
 # Of the evolution: how many candidates live, for how many generations, and how many families a mutation widens and narrows.
 POPULATION = 8
@@ -38,8 +40,8 @@ Step = tuple[float, int, int]
 class PruneSearch(Pass):
     """Removes channels where they cost most for what they are worth, until a share of the dense network's cost is left.
 
-    One of `channels`, `macs`, `size` (bytes of parameters) and `latency`: the share that may be left. Latency is measured where
-    the target's code runs on this host, else modelled from multiply-adds and bytes; the ledger says which. First a scan: each
+    One of `channels`, `macs`, `size` (bytes of parameters), `latency`: the share that may be left; by default macs=0.5. Latency
+    is measured where the target's code runs on this host, else modelled; the ledger says which. First a scan: each
     family of coupled channels alone becomes narrower, and how far the user's metric falls, or without one how much of the outputs
     is lost on calibration data, goes into the ledger; a budget of 1.0 does only that. `method`: greedy takes what does least
     damage for the cost it saves, damages being added; evolutionary starts there, and tries mutations of it on the whole
@@ -64,9 +66,9 @@ class PruneSearch(Pass):
     def check(self) -> None:
         super().check()
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
-        if len(given) != 1:
+        if len(given) > 1:
             hint = "the share of the dense network's that may be left: prune-search{macs=0.5}"
-            raise ArgumentError(f"pass {self.name} takes one budget, not {' and '.join(given) or 'none'}", hint=hint)
+            raise ArgumentError(f"pass {self.name} takes one budget, not {' and '.join(given)}", hint=hint)
         if not 0 < self.budget <= 1:
             raise ArgumentError(f"pass {self.name}: {self.kind} is {self.budget}", hint="a share: more than 0, at most 1")
         check_choice(self.name, "method", self.method, METHODS)
@@ -74,12 +76,12 @@ class PruneSearch(Pass):
 
     @property
     def kind(self) -> str:
-        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+        return next((kind for kind in KINDS if getattr(self, kind) is not None), "macs")
 
     @property
     def budget(self) -> float:
-        found: float = getattr(self, self.kind)
-        return found
+        found: float | None = getattr(self, self.kind)
+        return DEFAULT if found is None else found
 
     def run(self, graph: Graph, context: Context) -> Graph:
         if context.calibration or context.metric is None:

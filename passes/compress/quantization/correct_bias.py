@@ -12,7 +12,7 @@ from paring.ir.op import Array
 from paring.ir.ops import reduce
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import check_calibration, gather
-from paring.passes.compress.twins import find_twins, real_weight
+from paring.passes.compress.quantization.twins import find_twins, real_weight
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
 from paring.passes.util import channel_axis, const_value, constant, with_operands

@@ -15,7 +15,7 @@ import numpy as np
 from paring.ir.graph import Node
 from paring.ir.ops import quantized
 from paring.ir.ops.attention import IntegerAttention, ScaledDotProductAttention, sums_fit
-from paring.passes.compress.observers import Affine
+from paring.passes.compress.quantization.observers import Affine
 from paring.passes.util import constant
 
 # Scores further below than this have weights that round to 0.

@@ -13,10 +13,10 @@ from paring.ir.interpreter import evaluate, walk
 from paring.ir.op import Array
 from paring.ir.ops.attention import ScaledDotProductAttention
 from paring.ir.ops.quantized import Dequantize, Quantize
-from paring.passes.compress.attention import on_integers
 from paring.passes.compress.calibrate import evaluate_from
-from paring.passes.compress.observers import Affine
-from paring.passes.compress.units import Flow, Inserted, Unit, insert
+from paring.passes.compress.quantization.attention import on_integers
+from paring.passes.compress.quantization.observers import Affine
+from paring.passes.compress.quantization.units import Flow, Inserted, Unit, insert
 from paring.passes.rewriter import Context
 
 KINDS = ("layer", "network", "metric", "none")

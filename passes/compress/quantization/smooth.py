@@ -12,7 +12,7 @@ from paring.ir.op import Array
 from paring.ir.ops import linear, shape, unary
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import check_calibration, peaks
-from paring.passes.compress.rescale import (
+from paring.passes.compress.quantization.rescale import (
     Values,
     divide_outputs,
     input_ranges,

@@ -8,7 +8,7 @@ from paring.ir.errors import ArgumentError, ModelError
 from paring.ir.graph import Node
 from paring.ir.op import Array
 from paring.ir.ops.quantized import Dequantize, DequantizeChannels
-from paring.passes.compress.observers import LEAST_SCALE
+from paring.passes.compress.quantization.observers import LEAST_SCALE
 from paring.passes.util import const_value, constant
 
 METHODS = ("minmax", "mse")

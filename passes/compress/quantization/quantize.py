@@ -12,10 +12,10 @@ from paring.ir.graph import Graph, Node
 from paring.ir.types import BYTES
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import calibrate, check_calibration
-from paring.passes.compress.observers import make_observer
-from paring.passes.compress.scan import KINDS, Recipe, metrics, output_noise, scan
-from paring.passes.compress.units import LAYERS, Flow, Names, Unit, find_units, insert
-from paring.passes.compress.weights import METHODS, most_of, quantized_weight
+from paring.passes.compress.quantization.observers import make_observer
+from paring.passes.compress.quantization.scan import KINDS, Recipe, metrics, output_noise, scan
+from paring.passes.compress.quantization.units import LAYERS, Flow, Names, Unit, find_units, insert
+from paring.passes.compress.quantization.weights import METHODS, most_of, quantized_weight
 from paring.passes.contract import Lossy
 from paring.passes.ledger import SHOWN_LAYERS
 from paring.passes.rewriter import Context

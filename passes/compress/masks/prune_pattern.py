@@ -10,9 +10,9 @@ import numpy as np
 
 from paring.ir.errors import ArgumentError
 from paring.ir.op import Array
-from paring.passes.compress.grid import Grid
-from paring.passes.compress.mask_pass import MaskPass
-from paring.passes.compress.masks import Weight
+from paring.passes.compress.masks.grid import Grid
+from paring.passes.compress.masks.mask_pass import MaskPass
+from paring.passes.compress.masks.masks import Weight
 from paring.passes.rewriter import Context
 
 KERNEL = (3, 3)

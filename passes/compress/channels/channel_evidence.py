@@ -10,10 +10,10 @@ from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, unary
 from paring.passes.compress.calibrate import gather
-from paring.passes.compress.channels import Channels
-from paring.passes.compress.grid import taps_last
+from paring.passes.compress.channels.channels import Channels
+from paring.passes.compress.masks.grid import taps_last
 from paring.passes.compress.operands import see_operands
-from paring.passes.compress.rescale import carries, is_layer
+from paring.passes.compress.quantization.rescale import carries, is_layer
 from paring.passes.rewriter import Context
 from paring.passes.util import channel_axis, const_value
 

@@ -11,9 +11,9 @@ import numpy as np
 from paring.ir.errors import ArgumentError
 from paring.ir.op import Array
 from paring.ir.ops import conv
-from paring.passes.compress.grid import Grid, taps_last
-from paring.passes.compress.mask_pass import MaskPass, RatioPass
-from paring.passes.compress.masks import Weight
+from paring.passes.compress.masks.grid import Grid, taps_last
+from paring.passes.compress.masks.mask_pass import MaskPass, RatioPass
+from paring.passes.compress.masks.masks import Weight
 from paring.passes.rewriter import Context
 
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")

@@ -10,7 +10,7 @@ import numpy as np
 from paring.ir.graph import Node
 from paring.ir.op import Array
 from paring.ir.ops import conv
-from paring.passes.compress.families import Families
+from paring.passes.compress.channels.families import Families
 from paring.passes.machine import Machine, staircase
 
 KINDS = ("channels", "macs", "size", "latency")

@@ -18,7 +18,7 @@ from paring.ir.interpreter import interpret
 from paring.ir.op import Array, Op
 from paring.ir.ops.core import Const, Input
 from paring.ir.ops.shape import Broadcast
-from paring.passes.compress.labels import Coupling, Value, one_value, slices_apart, varying
+from paring.passes.compress.channels.labels import Coupling, Value, one_value, slices_apart, varying
 from paring.passes.util import by_class
 
 ALL = "they are all that some value has"

@@ -14,8 +14,8 @@ from paring.ir.ops.quantized import Dequantize, DequantizeChannels
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import check_calibration
 from paring.passes.compress.operands import see_operands
-from paring.passes.compress.twins import find_twins
-from paring.passes.compress.weights import dequantized
+from paring.passes.compress.quantization.twins import find_twins
+from paring.passes.compress.quantization.weights import dequantized
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
 from paring.passes.util import const_value, with_operands

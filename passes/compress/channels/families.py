@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from paring.ir.graph import Graph, Node
-from paring.passes.compress.channels import Channels, Group
-from paring.passes.compress.cut import without
+from paring.passes.compress.channels.channels import Channels, Group
+from paring.passes.compress.channels.cut import without
 from paring.passes.rewriter import Context
 
 

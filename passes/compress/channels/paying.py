@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from paring.ir.graph import Graph, Node
-from paring.passes.compress.families import Families, Family
+from paring.passes.compress.channels.families import Families, Family
 from paring.passes.ledger import NETWORK, SHOWN_LAYERS
 from paring.passes.machine import Time, Timing, modelled, module_of
 from paring.passes.rewriter import Context

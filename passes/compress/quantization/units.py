@@ -15,8 +15,8 @@ from paring.ir.op import Op
 from paring.ir.ops import binary, conv, linear, norm, pool, quantized, reduce, shape, unary
 from paring.ir.ops.attention import ScaledDotProductAttention
 from paring.ir.ops.core import Const
-from paring.passes.compress.attention import fits, on_integers, quantize
-from paring.passes.compress.observers import Affine
+from paring.passes.compress.quantization.attention import fits, on_integers, quantize
+from paring.passes.compress.quantization.observers import Affine
 from paring.passes.util import const_value, is_const, is_plain
 
 LAYERS: tuple[type[Op], ...] = (conv.Conv2d, linear.Linear)

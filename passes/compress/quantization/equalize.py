@@ -14,7 +14,7 @@ from paring.ir.op import Array
 from paring.ir.ops import unary
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import check_calibration, peaks
-from paring.passes.compress.rescale import (
+from paring.passes.compress.quantization.rescale import (
     Values,
     carries,
     divide_outputs,
@@ -25,7 +25,7 @@ from paring.passes.compress.rescale import (
     values_of,
     with_values,
 )
-from paring.passes.compress.scan import output_noise
+from paring.passes.compress.quantization.scan import output_noise
 from paring.passes.contract import Close, Lossy
 from paring.passes.rewriter import Context
 from paring.passes.util import channel_axis

@@ -1,0 +1,1 @@
+"""Channels that hang together, and passes that remove them."""

@@ -89,6 +89,12 @@ def n_of_m(rng: np.random.Generator, layer: Layer, block: int, zeros: float) -> 
     return (order < round(4 * (1 - zeros))).reshape(layer.weight)
 
 
+def shared_n_of_m(rng: np.random.Generator, layer: Layer, block: int, zeros: float) -> Array:
+    """The same two of four for a block of output channels."""
+    mask = n_of_m(rng, layer, block, zeros)
+    return np.repeat(mask[::block], block, 0)[: layer.outputs]
+
+
 def blocks(rng: np.random.Generator, layer: Layer, block: int, zeros: float) -> Array:
     """Neighbouring output channels, a block of them, share their zeros."""
     o, *rest = layer.weight
@@ -120,6 +126,7 @@ class Series:
 SERIES: dict[str, Series] = {
     "unstructured": Series("rows", unstructured, (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
     "2:4": Series("rows", n_of_m, (0.5,), (0, 1)),
+    "shared 2:4": Series("vectors", shared_n_of_m, (0.5,), (0, 1)),
     "blocks": Series("vectors", blocks, (0.1, 0.25, 0.5, 0.8, 0.9)),
     "patterns": Series("vectors", patterns, (5 / 9,), (3,)),
     "own patterns": Series("rows", own_patterns, (5 / 9,), (3,)),

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from statistics import median
+from statistics import median_high
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,12 @@ def n_of_m(rng: np.random.Generator, layer: Layer, block: int, zeros: float) -> 
     return (order < round(4 * (1 - zeros))).reshape(layer.weight)
 
 
+def shared_n_of_m(rng: np.random.Generator, layer: Layer, block: int, zeros: float) -> Array:
+    """The same two of four for a block of output channels."""
+    mask = n_of_m(rng, layer, block, zeros)
+    return np.repeat(mask[::block], block, 0)[: layer.outputs]
+
+
 def blocks(rng: np.random.Generator, layer: Layer, block: int, zeros: float) -> Array:
     """Neighbouring output channels, a block of them, share their zeros."""
     o, *rest = layer.weight
@@ -100,6 +106,11 @@ def patterns(rng: np.random.Generator, layer: Layer, block: int, zeros: float) -
     o, i, *_ = layer.weight
     kept = np.argsort(rng.random((-(-o // block), i, 9)), axis=2) < 4
     return np.repeat(kept, block, 0)[:o].reshape(layer.weight)
+
+
+def own_patterns(rng: np.random.Generator, layer: Layer, block: int, zeros: float) -> Array:
+    """Four of nine kernel positions for each pair of channels."""
+    return patterns(rng, layer, 1, zeros)
 
 
 @dataclass(frozen=True)
@@ -115,8 +126,10 @@ class Series:
 SERIES: dict[str, Series] = {
     "unstructured": Series("rows", unstructured, (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
     "2:4": Series("rows", n_of_m, (0.5,), (0, 1)),
+    "shared 2:4": Series("vectors", shared_n_of_m, (0.5,), (0, 1)),
     "blocks": Series("vectors", blocks, (0.1, 0.25, 0.5, 0.8, 0.9)),
     "patterns": Series("vectors", patterns, (5 / 9,), (3,)),
+    "own patterns": Series("rows", own_patterns, (5 / 9,), (3,)),
 }
 
 
@@ -300,9 +313,21 @@ def sparse_table(records: Sequence[Record]) -> Table:
 
 
 def crossover_lines(records: Sequence[Record]) -> list[str]:
-    """For people: from which share of zeros on each kind of mask pays."""
+    """For people: from which share of zeros on each kind of mask pays, for the middle layer and for the extremes."""
     lines = []
     for mask, shares in crossovers(records).items():
-        ends = f"{min(shares):.0%} to {max(shares):.0%}" if len(shares) > 1 else ""
-        lines.append(f"{mask} ({SERIES[mask].format}): pays from {median(shares):.0%} zeros on" + (f" ({ends})" if ends else ""))
+        measured = sorted({r.zeros for r in records if r.mask == mask and r.speedup is not None})
+        head = f"{mask} ({SERIES[mask].format})"
+        if len(measured) == 1:
+            lines.append(f"{head}: pays at {measured[0]:.0%} zeros in {shares.count(0.0)} of {len(shares)} layers")
+            continue
+        middle, least, most = (_share(share, measured) for share in (median_high(shares), min(shares), max(shares)))
+        lines.append(f"{head}: pays from {middle} zeros on" + (f" ({least} to {most})" if least != most else ""))
     return lines
+
+
+def _share(share: float, measured: Sequence[float]) -> str:
+    """A crossover, known only between the least and the greatest share that were measured."""
+    if share in (0.0, 1.0):
+        return f"under {measured[0]:.0%}" if share == 0.0 else f"over {measured[-1]:.0%}"
+    return f"{share:.0%}"

@@ -124,7 +124,8 @@ def test_crossovers_lie_where_the_line_between_two_measurements_meets_one() -> N
     found = crossovers(records)
     assert found["unstructured"] == (pytest.approx(0.6), 0.0)
     assert found["2:4"] == (1.0,)
-    assert crossover_lines(records)[0] == "unstructured (rows): pays from 30% zeros on (0% to 60%)"
+    assert crossover_lines(records)[0] == "unstructured (rows): pays from 60% zeros on (under 50% to 60%)"
+    assert crossover_lines(records)[1] == "2:4 (rows): pays at 50% zeros in 0 of 1 layers"
 
 
 def test_the_sparse_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_the_sparse_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     file = tmp_path / "sparse.json"
     done = Result("bench", "--suite", "sparse", "--small", "--models", "linear-small", "--rounds", 1, "--json", file)
     assert done.code == 0, done.err
-    assert "pays from" in done.out
+    assert "unstructured (rows): pays at 90% zeros in" in done.out
     records = json.loads(file.read_text())
     assert [record["mask"] for record in records] == ["unstructured", "blocks"]
     for record in records:

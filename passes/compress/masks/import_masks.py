@@ -63,11 +63,9 @@ def _read(file: str) -> dict[str, Array]:
     try:
         found = dict(load_file(str(Path(file).expanduser())))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ArgumentError(
-            "cannot read masks", where=file, why=str(error), hint="safetensors, an array for each parameter"
-        ) from None
+        raise ArgumentError("cannot read masks", where=file, why=str(error), hint=FORM) from None
     if not found:
-        raise ArgumentError("there are no masks", where=file, hint="safetensors, an array for each parameter")
+        raise ArgumentError("there are no masks", where=file, hint=FORM)
     return found
 
 

@@ -62,7 +62,8 @@ def test_golden(path: Path, update_golden: bool) -> None:
 
 
 def test_every_lossy_pass_has_a_golden_file() -> None:
-    assert {path.name.partition(".")[0] for path in FILES} == set(LOSSY)
+    # What a hook of the user does is no text.
+    assert {path.name.partition(".")[0] for path in FILES} == set(LOSSY) - {"finetune"}
 
 
 # --- networks -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,6 @@ from paring.testing import check_round_trip, random_graph, random_inputs
 pytestmark = pytest.mark.fast
 
 BLOCKS = (4, 8, 16)
-SECONDS_FOR_5000_NODES = 10.0
 
 
 def equal(a: Array, b: Array) -> bool:
@@ -329,34 +327,3 @@ def test_dumps_that_cannot_be_written_are_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="cannot write the dumps"):
         run_pipeline(random_graph(np.random.default_rng(0), 2), (), dump=tmp_path / "file")
-
-
-# --- size -----------------------------------------------------------------------------------------------------------
-
-
-def chain(length: int) -> Graph:
-    """Elementwise nodes that no rule removes: one long identity of two alternating halves."""
-    x = node = Node(Input("x", "float32", (8,)))
-    for _ in range(length // 2):
-        node = Node(unary.Neg(), (Node(unary.Abs(), (node,)),))
-    return Graph((x,), (node,))
-
-
-def passing_seconds(graph: Graph) -> float:
-    start = time.process_time()
-    run_pipeline(graph, blocked(16))
-    return time.process_time() - start
-
-
-def test_five_thousand_nodes_pass_quickly_and_time_grows_linearly() -> None:
-    small, large = passing_seconds(chain(5000)), passing_seconds(chain(10000))
-    assert small < SECONDS_FOR_5000_NODES
-    assert large < 4 * small
-
-
-def test_five_thousand_nodes_that_all_go_away() -> None:
-    x = node = Node(Input("x", "float32", (8,)))
-    for _ in range(5000):
-        node = Node(shape.Reshape((8,)), (node,))
-    result = run_pipeline(Graph((x,), (node,)), blocked(16))
-    assert result.graph.outputs == (x,)

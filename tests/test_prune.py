@@ -370,15 +370,6 @@ def test_a_second_run_prunes_what_is_left() -> None:
     assert widths(prune(once, "ratio=0.5, round_to=0").graph)["stem"] == 4
 
 
-def test_thousands_of_layers_take_seconds() -> None:
-    import time
-
-    start = time.perf_counter()
-    after = prune(ladder(16, 700), "ratio=0.5").graph
-    assert widths(after)["699.first"] == 8
-    assert time.perf_counter() - start < 20
-
-
 def test_layers_that_share_weights_are_pruned_apart() -> None:
     rng = rng_for(5)
     x = Node(Input("x", "float32", (1, 8)))

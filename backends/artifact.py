@@ -53,11 +53,12 @@ from paring.backends.manifest import (
 )
 from paring.backends.memory import plan
 from paring.backends.targets import TARGETS, Target, for_host, host_arch, missing_flags
-from paring.ir.errors import ArtifactError, IRTypeError, ParseError
+from paring.ir.errors import ArtifactError, IRTypeError, ParseError, VerifyError
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.core import Input
 from paring.ir.parser import parse
 from paring.ir.text import constants, show
+from paring.ir.verify import check_trusted, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,9 +226,11 @@ def _graph(text: bytes, weights: bytes, manifest: Manifest) -> Graph:
     try:
         arrays = safetensors.numpy.load(weights)
         graph = parse(as_text(text), arrays)
+        verify(graph)
+        check_trusted(graph)
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtifactError("the weights cannot be read", where=WEIGHTS, why=str(error)[:500]) from None
-    except (ParseError, IRTypeError) as error:
+    except (ParseError, IRTypeError, VerifyError) as error:
         raise ArtifactError(f"the graph cannot be read: {error.what}", where=f"{GRAPH} {error.where}", why=error.why) from None
     if set(arrays) != set(constants(graph)):
         raise ArtifactError("there are weights that the graph does not use", where=WEIGHTS)

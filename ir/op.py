@@ -28,11 +28,13 @@ class Op:
     """Base of all operators: a frozen dataclass whose fields are its attributes.
 
     Subclasses state `name` (their text form), `arity` (least and greatest number of operands; None: no limit),
-    `infer`, `ref`, `samples`, and `magnitude` where the default does not hold.
+    `infer`, `ref`, `samples`, and `magnitude` where the default does not hold. `trusted`: operands whose contents kernels
+    rely on, so that programs from outside have them as constants, which `check_contents` looks at.
     """
 
     name: ClassVar[str]
     arity: ClassVar[tuple[int, int | None]] = (1, 1)
+    trusted: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         # Equal ops print the same text: 1 and 1.0 are equal in Python.

@@ -40,6 +40,19 @@ def verify(graph: Graph, *, inside: str = "", given: Mapping[Node, Array] | None
             verify(node.op.body, inside=f"region {node.op.kind} of {where}", given=outside)
 
 
+def check_trusted(graph: Graph, constant: frozenset[Node] = frozenset()) -> None:
+    """Raise VerifyError where a kernel would rely on values that nobody has checked; `constant`: inputs that are."""
+    for node in graph.nodes():
+        fixed = [isinstance(operand.op, Const) or operand in constant for operand in node.inputs]
+        loose = [place for place in node.op.trusted if not fixed[place]]
+        if loose:
+            hint = "they are what `pack` of its lists gives, as constants"
+            raise VerifyError(f"operand {loose[0]} of {node.op.name} is not constant", where=_place(node, "graph"), hint=hint)
+        if isinstance(node.op, Region):
+            body = node.op.body
+            check_trusted(body, frozenset(i for i, known in zip(body.inputs, fixed, strict=True) if known))
+
+
 def _verify_node(node: Node, contents: tuple[Array | None, ...], where: str) -> None:
     if not isinstance(node.op, Op) or OPS.get(node.op.name) is not type(node.op):
         what, hint = f"{node.op!r} is not in the table of operators", "add it to paring.ir.ops.ALL"

@@ -90,3 +90,8 @@ def channel_values(node: Node, channels: int, axis: int, rank: int) -> Array | N
     if shape is None and value.ndim != rank:
         return None
     return value.reshape(channels)
+
+
+def layer_name(layer: Node) -> str:
+    """The path of its module, or what it is."""
+    return (layer.loc.module if layer.loc else "") or f"{layer.op.name} {layer.type}"

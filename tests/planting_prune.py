@@ -284,11 +284,22 @@ def transposed_conv(b: Builder) -> Node:
     return b.node(conv.ConvTranspose2d(), y, b.weights(4, 2, 2, 2))
 
 
+def pixels_from_channels(b: Builder) -> Node:
+    """A pixel shuffle: what was channels lies side by side in rows and columns, and goes together."""
+    x = _new(b, _image(b), 4 * b.choose(2, 3, 4))
+    y = b.node(unary.Clamp(-2.0, 2.0), x) if b.chance(0.5) else b.node(binary.Add(), x, _channel_constant(b, x))
+    n, c, h, w = y.type.shape
+    apart = b.node(shape.Reshape((n, c // 4, 2, 2, h, w)), y)
+    beside = b.node(shape.Transpose((0, 1, 4, 2, 5, 3)), apart)
+    return _end(b, b.node(shape.Reshape((n, c // 4, 2 * h, 2 * w)), beside), 1)
+
+
 PRUNE_PLANTERS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
         *(two_layers, residual, concatenated, shifted, revived, split, gated_halves, grouped, depthwise, flattened, averaged),
         *(padded, turned, shuffled, gate, one_gate_for_all, tokens, feed_forward, normalised, several_readers),
+        pixels_from_channels,
     )
 }
 PRUNE_PLANTERS |= {

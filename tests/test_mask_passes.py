@@ -209,7 +209,7 @@ def test_the_ledger_has_the_share_of_zeros() -> None:
     (entry,) = run(chain(), "prune-nm{skip='body.0'}").ledger.entries
     total = sum(w.size for name, w in weights(chain()).items() if name != "body.0")
     assert f"50.0% of the {total} weights of" in entry.notes[0]
-    assert "0.0% before; stored dense: no byte less" in entry.notes[0]
+    assert "0.0% before; constants keep their size" in entry.notes[0]
     assert entry.before.parameter_bytes == entry.after.parameter_bytes
     assert isinstance(entry.contract, Lossy)
     (first, second) = run(chain(), "prune-unstructured{ratio=0.9, scope='global'}, prune-unstructured").ledger.entries
@@ -376,3 +376,22 @@ def test_whole_channels_are_recognised() -> None:
         gone.swapaxes(0, axis)[[1, 5, 6]] = 0
         assert structure(gone) == said
     assert structure(0 * w) == "all zero"
+
+
+def test_where_no_layer_fits_the_ledger_says_so() -> None:
+    for text in ("prune-kernel", "prune-nm{m=1000000}", "prune-nm{m=1000000000000}"):
+        result = run(dense([1, 2, 3, 4]), text)
+        assert result.ledger.entries[0].notes == ("no layer that it could set to zero: paring why-not says why",), text
+
+
+def test_units_larger_than_a_layer_are_the_layer() -> None:
+    for text in ("prune-vector{size=10000000000000000000000}", "prune-block{shape='100000000000000000000x1'}"):
+        after = run(dense([1, 2], [3, 4]), text).graph
+        assert weights(after)["a"].tolist() == [[0, 2], [0, 4]], text
+
+
+def test_only_criteria_that_look_at_data_are_given_them() -> None:
+    found = {text: parse_pipeline(text)[0].looks_at_data() for text in ("prune-nm", "prune-nm{criterion='wanda'}")}
+    assert list(found.values()) == [False, True]
+    assert not parse_pipeline("prune-channels")[0].looks_at_data()
+    assert parse_pipeline("prune-channels{criterion='apoz'}")[0].looks_at_data()

@@ -11,7 +11,7 @@ from test_prune import ladder, layer_of, planted, prune, relu, rng_for, widths
 from test_quantize import layer, weight
 
 from paring.ir import Const, Graph, Input, Loc, Node, interpret, show
-from paring.ir.errors import ArgumentError, ParingError
+from paring.ir.errors import ArgumentError, ModelError, ParingError
 from paring.ir.ops import linear
 from paring.passes.compress.channels import paying
 from paring.passes.compress.channels.channel_rules import channels_of
@@ -26,7 +26,7 @@ from paring.passes.machine import Machine, Timing, modelled, module_of, staircas
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pipelines import parse_pipeline
 from paring.passes.rewriter import Context
-from paring.passes.util import constant, with_operands
+from paring.passes.util import const_value, constant, with_operands
 from paring.testing import random_inputs
 
 pytestmark = pytest.mark.fast
@@ -255,6 +255,46 @@ def test_a_network_that_became_slower_as_a_whole_stays_dense() -> None:
     result = prune(graph, "ratio=0.5", time=time)
     assert result.graph is graph
     assert "undone: the whole network is slower, 1200.000 ms pruned, 1000.000 ms before" in result.ledger.entries[0].notes
+
+
+def test_a_network_is_looked_at_twice_before_it_counts_as_slower() -> None:
+    graph = ladder()
+    for now, stays in (((1.03, 1.0), True), ((1.03, 1.02), False)):
+        seen: dict[bool, list[float]] = {True: [1.0, 1.0], False: list(now)}
+
+        def time(candidate: Graph, left: dict[bool, list[float]] = seen) -> Timing:
+            return Timing(left[candidate is graph].pop(0))
+
+        assert (prune(graph, "ratio=0.5", time=time).graph is not graph) == stays
+
+
+def test_a_search_says_what_is_left_after_what_was_undone() -> None:
+    """Every narrower layer is slower: all of it is undone, and the budget is not kept."""
+    graph = ladder()
+    sizes = {module_of(n): n.inputs[1].type.size for n in graph.nodes() if n.op.name in ("conv2d", "linear")}
+    time = timed(lambda node: by_macs(node) * (100 if node.inputs[1].type.size < sizes[module_of(node)] else 1))
+    result = search(graph, "macs=0.5, round_to=4", time=time)
+    assert result.graph is graph
+    notes = result.ledger.entries[0].notes
+    assert "macs: 100.0% of the dense network's are left (counted)" in notes
+    assert any(note.startswith("over the budget of 50.0%") for note in notes)
+
+
+def test_without_measuring_nothing_is_timed() -> None:
+    def time(graph: Graph) -> Timing:
+        raise AssertionError("it was timed")
+
+    result = search(ladder(), "latency=0.8, measure=False", time=time)
+    assert "modelled" in str(result.ledger)
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    graph = ladder()
+    first = next(n for n in graph.nodes() if n.op.name == "conv2d")
+    value = const_value(first.inputs[1]).copy()
+    value.flat[3] = np.nan
+    with pytest.raises(ModelError, match="NaN or infinite scores"):
+        prune(with_operands(graph, {first: (Node(Const(value)), *first.inputs[2:])}), "ratio=0.5")
 
 
 def test_small_differences_are_chance() -> None:

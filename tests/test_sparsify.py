@@ -14,7 +14,7 @@ from paring.ir import Const, Graph, Input, Node, Region, constants, interpret, p
 from paring.ir.errors import ArgumentError, IRTypeError, VerifyError
 from paring.ir.op import Array
 from paring.ir.ops import conv, linear, sparse, unary
-from paring.ir.verify import verify
+from paring.ir.verify import check_trusted, verify
 from paring.passes.ledger import measure
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pipelines import parse_pipeline, pipeline
@@ -176,6 +176,31 @@ def test_damaged_lists_are_found_in_the_constants(what: str, position: int, inde
     inputs = [*fused.inputs[:1], *(Node(Const(array)) for array in damaged)]
     with pytest.raises(VerifyError, match="region sparse_linear"):
         verify(Graph((fused.inputs[0],), (Node(fused.op, inputs),)))
+
+
+@pytest.mark.fast
+def test_starts_that_wrap_around_are_found() -> None:
+    values, places, _ = GOOD
+    starts = np.concatenate([[0, 2**31 - 1, -2], np.full(10, len(places))]).astype(np.int32)
+    with pytest.raises(VerifyError, match="starts descend"):
+        verify(a_sparse_linear(values, places, starts))
+
+
+@pytest.mark.fast
+def test_lists_from_outside_are_constants() -> None:
+    """Kernels rely on them: nobody could check what a caller gives."""
+    graph = a_sparse_linear(*GOOD)
+    check_trusted(graph)
+    check_trusted(run_pipeline(graph, parse_pipeline("fuse")).graph)
+    layer = graph.outputs[0].inputs[0]
+    inputs = [Node(Input(f"x{i}", n.type.dtype, n.type.shape)) for i, n in enumerate(layer.inputs)]
+    loose = Graph(tuple(inputs), (Node(layer.op, inputs),))
+    fused = run_pipeline(loose, parse_pipeline("fuse")).graph
+    for given in (loose, fused):
+        with pytest.raises(VerifyError, match="operand 2 of sparse_linear is not constant"):
+            check_trusted(given)
+        with pytest.raises(VerifyError, match="is not constant"):
+            paring.compile(given, target="reference")
 
 
 @pytest.mark.fast

@@ -18,6 +18,7 @@ from paring.ir.errors import ArgumentError, InputError, a_kind
 from paring.ir.graph import Graph
 from paring.ir.interpreter import interpret
 from paring.ir.ops.core import Input
+from paring.ir.verify import check_trusted
 from paring.network import Network, Version, graph_call
 from paring.passes.base import Pass
 from paring.passes.compress.criteria import GRADIENT_CRITERIA
@@ -127,7 +128,7 @@ def _folder(dump: str | Path | None) -> Path | None:
 
 def _check_used(options: Options) -> None:
     """Raise ArgumentError for data, or a hook, that no pass would use."""
-    calibrated = any(each.calibrated for each in options.passes)
+    calibrated = any(each.looks_at_data() for each in options.passes)
     if options.calibration and not calibrated:
         raise ArgumentError("calibration data were given, but no pass that uses them", hint="leave `calibration` out")
     sloped = any(getattr(each, "criterion", "") in GRADIENT_CRITERIA for each in options.passes)
@@ -155,6 +156,7 @@ def as_tuple(inputs: Any) -> tuple[Any, ...]:
 def import_any(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Imported:
     """The IR of any kind of model. Raises ArgumentError for what is none."""
     if isinstance(model, Graph):
+        check_trusted(model)
         return Imported(model, graph_signature(model))
     import torch
 

@@ -86,7 +86,7 @@ class Lists:
     def check(self, places: Array, starts: Array) -> None:
         """Raise IRTypeError where known places and starts are no such lists."""
         require(bool(starts[0] == 0 and starts[-1] == places.size), f"the lists do not cover the {places.size} places")
-        lengths = np.diff(starts)
+        lengths: Array = np.diff(starts.astype(np.int64))
         require(bool((lengths >= 0).all()), "starts descend", why=f"at list {int(lengths.argmin())}")
         parts = np.repeat(np.arange(self.count), lengths)
         low = parts // self.blocks % self.spans * self.span
@@ -108,6 +108,7 @@ class _Sparse(Op):
     """What both have in common: operands x, values, places, starts and perhaps a bias."""
 
     arity = (4, 5)
+    trusted = (2, 3)
 
     def lists_of(self, x: TensorType) -> Lists:
         """How the weight that multiplies x is cut."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from paring.ir.errors import ArgumentError, nearest
+from paring.ir.errors import ArgumentError, ModelError, nearest
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.passes.compress import slopes
@@ -17,7 +17,7 @@ from paring.passes.compress.channels.channel_evidence import reconstruction_erro
 from paring.passes.compress.channels.channels import Channels, Group
 from paring.passes.compress.operands import see_operands
 from paring.passes.rewriter import Context
-from paring.passes.util import const_value
+from paring.passes.util import const_value, layer_name
 
 Found = TypeVar("Found")
 
@@ -176,13 +176,15 @@ def channel_scores(groups: Sequence[Group], criterion: str, evidence: Evidence) 
     """By its number for each group the mean over its channels, each relative to the mean of its layer.
 
     Layers of different size so count the same, within a group and between groups. Where scores of all layers are comparable,
-    it is their sum over the group.
+    it is their sum over the group. Raises ModelError where a score is not a number.
     """
     judge, comparable = CRITERIA[criterion].channels, CRITERIA[criterion].comparable
     assert judge is not None
     relative: dict[Node, Array] = {}
     for layer in evidence.layers:
         found = judge(layer, evidence)
+        if not np.isfinite(found).all():
+            raise ModelError(f"criterion {criterion!r} gives NaN or infinite scores", where=layer_name(layer))
         mean = 1.0 if comparable else found.mean()
         relative[layer] = found / mean if mean > 0 else np.zeros_like(found)
     together = np.sum if comparable else np.mean

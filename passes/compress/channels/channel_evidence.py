@@ -11,6 +11,7 @@ from paring.ir.op import Array
 from paring.ir.ops import binary, conv, unary
 from paring.passes.compress.calibrate import gather
 from paring.passes.compress.channels.channels import Channels
+from paring.passes.compress.channels.labels import along
 from paring.passes.compress.masks.grid import taps_last
 from paring.passes.compress.operands import see_operands
 from paring.passes.compress.quantization.rescale import carries, is_layer
@@ -98,7 +99,7 @@ def _read(channels: Channels, layer: Node, known: set[int]) -> tuple[Array, Arra
     value = channels.flow.values[operand]
     if value is None or not value.varies(axis):
         return None
-    groups, rest = (np.moveaxis(of, axis, 0).reshape(of.shape[axis], -1)[:, 0] for of in (channels.roots[operand], value.rest))
+    groups, rest = along(channels.roots[operand], axis), along(value.rest, axis)
     goes = np.isin(groups, list(known))
     return (groups, np.where(goes, rest, 0.0)) if goes.any() else None
 

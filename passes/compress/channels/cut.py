@@ -14,6 +14,7 @@ from paring.ir.op import Array, Op
 from paring.ir.ops import ELEMENTWISE, attention, conv, linear, norm, shape
 from paring.ir.ops.core import Const
 from paring.passes.compress.channels.channels import Channels, Group
+from paring.passes.compress.channels.labels import along
 from paring.passes.compress.quantization.rescale import is_layer
 from paring.passes.util import by_class, channel_axis, const_value, constant, with_operands
 
@@ -164,8 +165,8 @@ def _layer(knife: Knife, node: Node, inputs: Operands) -> tuple[Op, Operands]:
     locs = [i.loc for i in node.inputs[1:]]
     op, cut, gone = node.op, knife.cut(node), knife.lost(node.inputs[0], axis)
     if not (isinstance(op, conv.Conv2d) and op.groups > 1) and gone.size:
-        rest = knife.channels.flow.value(node.inputs[0]).rest
-        bias = _with_rest(weight[:, gone], bias, np.broadcast_to(rest.ravel(), (weight.shape[1],))[gone])
+        rest = along(knife.channels.flow.value(node.inputs[0]).rest, axis)
+        bias = _with_rest(weight[:, gone], bias, np.broadcast_to(rest, (weight.shape[1],))[gone])
         weight = np.delete(weight, gone, 1)
     if cut is not None:
         weight, bias = weight[list(cut.kept)], [b[list(cut.kept)] for b in bias]

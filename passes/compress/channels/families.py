@@ -11,7 +11,9 @@ import numpy as np
 from paring.ir.graph import Graph, Node
 from paring.passes.compress.channels.channels import Channels, Group
 from paring.passes.compress.channels.cut import without
+from paring.passes.compress.channels.labels import along
 from paring.passes.rewriter import Context
+from paring.passes.util import channel_axis, layer_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,7 @@ class Family:
 
     @property
     def name(self) -> str:
-        return name_of(self.groups[0])
+        return layer_name(next(iter(self.groups[0].channels)))
 
     @cached_property
     def layers(self) -> tuple[Node, ...]:
@@ -72,7 +74,7 @@ class Families:
     def read_by(self, layer: Node) -> list[int]:
         """The number of the group of each channel that a layer reads."""
         roots = self.channels.roots.get(layer.inputs[0])
-        return [] if roots is None else roots.ravel().tolist()
+        return [] if roots is None else along(roots, channel_axis(layer)).tolist()
 
     def chosen(self, keep: Sequence[int], context: Context | None = None) -> list[Group]:
         """The groups that go when so many stay of each family, no value being left without elements."""
@@ -81,16 +83,10 @@ class Families:
             if whole <= gone.keys():
                 spared = gone.pop(max(whole, key=lambda number: (self.rank[number], number)))
                 if context:
-                    context.notes.append(f"one channel stays of {name_of(spared)}")
+                    context.notes.append(f"one channel stays of {layer_name(next(iter(spared.channels)))}")
         return list(gone.values())
 
     def graph(self, keep: Sequence[int]) -> Graph:
         """The graph in which so many groups of each family stay."""
         groups = self.chosen(keep)
         return without(self.channels, groups) if groups else self.channels.flow.graph
-
-
-def name_of(group: Group) -> str:
-    """The module of its first layer."""
-    layer = next(iter(group.channels))
-    return (layer.loc.module if layer.loc else "") or f"{layer.op.name} {layer.type}"

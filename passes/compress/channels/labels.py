@@ -100,6 +100,11 @@ def slices_apart(labels: Array, axis: int) -> int:
     return len(list(sets.to_sets()))
 
 
+def along(array: Array, axis: int) -> Array:
+    """The elements along an axis, of the first place of all others: for what does not differ along these."""
+    return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)[:, 0]
+
+
 def one_value(rest: Array, axes: Iterable[int]) -> Array:
     """`rest` with an extent of 1 along axes: the value itself where there is only one, else NaN."""
     for axis in axes:

@@ -18,7 +18,7 @@ from paring.passes.compress.channels.families import Families
 from paring.passes.compress.channels.paying import timer
 from paring.passes.compress.channels.prune_channels import decline_stays, ranked, removed
 from paring.passes.compress.channels.sensitivity import Curve, Judge, scan, table
-from paring.passes.compress.criteria import CHANNEL_CRITERIA, check_choice
+from paring.passes.compress.criteria import CHANNEL_CRITERIA, SLACK, check_choice
 from paring.passes.contract import Lossy
 from paring.passes.ledger import measure
 from paring.passes.rewriter import Context
@@ -93,28 +93,36 @@ class PruneSearch(Pass):
         context.notes.extend(
             table(families, curves, "the metric lost" if context.metric else "noise over signal of the outputs, as powers")
         )
-        exact = Exact(self, families, context)
+        spent = Spent(self, families, context)
         path = greedy_path(families, curves, Costs(families, self.kind, context.machine))
-        keep = exact.first_within(path)
+        keep = spent.first_within(path)
         if self.method == METHODS[1] and keep != path[0]:
-            keep = Evolution(self, families, judge, exact, context).best(keep)
-        context.notes.append(f"{self.kind}: {exact.share(keep):.1%} of the dense network's are left ({exact.how})")
-        return removed(self, families, keep, context)
+            keep = Evolution(self, families, judge, spent, context).best(keep)
+        after = removed(self, families, keep, context)
+        left = spent.share_of(after)
+        context.notes.append(f"{self.kind}: {left:.1%} of the dense network's are left ({spent.how})")
+        if left > self.budget + SLACK:
+            context.notes.append(f"over the budget of {self.budget:.1%}: what was undone would have been slower")
+        return after
 
 
-class Exact:
+class Spent:
     """The cost of whole graphs, as a share of the dense one's; each computed or measured once."""
 
     def __init__(self, search: PruneSearch, families: Families, context: Context) -> None:
-        self.search, self.families, self.time, self.context = search, families, timer(context), context
+        self.search, self.families, self.context = search, families, context
+        self.time = timer(context, search.measure)
         self.how = "counted"
         self._known: dict[Keep, float] = {}
         self.dense = self._cost(families.channels.flow.graph)
 
     def share(self, keep: Keep) -> float:
         if keep not in self._known:
-            self._known[keep] = self._cost(self.families.graph(keep)) / max(self.dense, 1e-30)
+            self._known[keep] = self.share_of(self.families.graph(keep))
         return self._known[keep]
+
+    def share_of(self, graph: Graph) -> float:
+        return self._cost(graph) / max(self.dense, 1e-30)
 
     def first_within(self, path: Sequence[Keep]) -> Keep:
         """The first of ever smaller networks that is within the budget, by bisection. Raises ArgumentError where none is."""
@@ -174,8 +182,8 @@ def _step(families: Families, curves: Sequence[Curve], costs: Costs, keep: list[
 class Evolution:
     """Candidates of the same cost: mutations widen some families and narrow others; the least damaged live on."""
 
-    def __init__(self, search: PruneSearch, families: Families, judge: Judge, exact: Exact, context: Context) -> None:
-        self.families, self.judge, self.exact, self.context = families, judge, exact, context
+    def __init__(self, search: PruneSearch, families: Families, judge: Judge, spent: Spent, context: Context) -> None:
+        self.families, self.judge, self.spent, self.context = families, judge, spent, context
         self.budget = search.budget
         self.rng = np.random.default_rng(search.seed)
         self.costs = Costs(families, search.kind, context.machine)
@@ -189,7 +197,7 @@ class Evolution:
             children = [self._mutation(living[int(self.rng.integers(len(living)))], limit) for _ in range(POPULATION)]
             living = sorted(dict.fromkeys([*living, *children]), key=self._damage)[:POPULATION]
         self.context.tell("evolution", GENERATIONS, GENERATIONS)
-        return next(keep for keep in [*living, start] if self.exact.share(keep) <= self.budget)
+        return next(keep for keep in [*living, start] if self.spent.share(keep) <= self.budget)
 
     def _damage(self, keep: Keep) -> float:
         if keep not in self._known:

@@ -30,7 +30,8 @@ class Grid:
     def _extents(self, weight: Array) -> tuple[int, int, int]:
         """Of one block in (outputs, inputs, taps); at least 1 each."""
         o, i, taps = taps_last(weight).shape
-        return self.rows or max(1, o), self.columns or max(1, i), max(1, taps) if self.kernel else 1
+        rows, columns = self.rows or o, self.columns or i
+        return max(1, min(rows, o)), max(1, min(columns, i)), max(1, taps) if self.kernel else 1
 
     def sums(self, weight: Array) -> Array:
         """The sum over each unit: (blocks of outputs, blocks of inputs, taps or 1), of values of the weight's shape."""

@@ -32,7 +32,6 @@ class MaskPass(Pass, ABC):
     """
 
     contract = Lossy("metric", math.inf)
-    calibrated = True
     before = ("equalize", "smooth", "quantize")
     least = {"seed": 0}
     criterion: str = "l1"
@@ -42,6 +41,9 @@ class MaskPass(Pass, ABC):
     def check(self) -> None:
         super().check()
         check_choice(self.name, "criterion", self.criterion, WEIGHT_CRITERIA)
+
+    def looks_at_data(self) -> bool:
+        return CRITERIA[self.criterion].data
 
     @abstractmethod
     def kept(self, weights: Sequence[Weight], scores: Mapping[Weight, Array], context: Context) -> Mapping[Weight, Array]:
@@ -56,6 +58,7 @@ class MaskPass(Pass, ABC):
         weights = [weight for weight in weights_of(graph, skip, self.name, context) if self._fits(weight, context)]
         skip.check(graph, self.name)
         if not weights:
+            context.notes.append("no layer that it could set to zero: paring why-not says why")
             return graph
         check_finite(weights, self.name)
         check_evidence(self.name, self.criterion, graph, context)

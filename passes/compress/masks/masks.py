@@ -19,7 +19,7 @@ from paring.passes.compress.quantization.rescale import is_layer
 from paring.passes.compress.quantization.units import Names, is_quantized_weight
 from paring.passes.ledger import SHOWN_LAYERS
 from paring.passes.rewriter import Context
-from paring.passes.util import const_value, is_const, with_operands
+from paring.passes.util import const_value, is_const, layer_name, with_operands
 
 # Layers whose shares of zeros differ by more are shown.
 UNEVEN = 0.01
@@ -45,11 +45,6 @@ class Weight:
     def kernel(self) -> tuple[int, ...]:
         """(KH, KW); () of a linear layer."""
         return self.constant.type.shape[2:]
-
-
-def layer_name(layer: Node) -> str:
-    """Its module path, or what it is."""
-    return (layer.loc.module if layer.loc else "") or f"{layer.op.name} {layer.type}"
 
 
 def weights_of(graph: Graph, skip: Names, who: str, context: Context) -> list[Weight]:
@@ -120,7 +115,7 @@ def summary(before: Mapping[Weight, Array], after: Mapping[Weight, Array]) -> li
     if not total:
         return []
     was, now = (sum(zeros(v) * v.size for v in values.values()) / total for values in (before, after))
-    notes = [f"{now:.1%} of the {total} weights of {len(after)} layers are zero, {was:.1%} before; stored dense: no byte less"]
+    notes = [f"{now:.1%} of the {total} weights of {len(after)} layers are zero, {was:.1%} before; constants keep their size"]
     shares = sorted((zeros(value), weight.name) for weight, value in after.items())
     if shares[-1][0] - shares[0][0] > UNEVEN:
         shown = shares if len(shares) <= SHOWN_LAYERS else [*shares[:2], *shares[-2:]]

@@ -13,7 +13,10 @@ from paring.passes.rewriter import Context
 
 @dataclass(frozen=True)
 class Cse(Pass):
-    """Nodes of the same op on the same operands become one node; equal constants become one constant."""
+    """Nodes of the same op on the same operands become one node; equal constants become one constant.
+
+    Floats of different modules stay apart: parameters that are equal today may be trained tomorrow.
+    """
 
     name = "cse"
 
@@ -25,8 +28,13 @@ class Cse(Pass):
             if isinstance(new.op, Input):
                 return new
             # Attributes 0.0 and -0.0 compare equal in Python, but are not the same op: their text differs.
-            op = new.op.digest if isinstance(new.op, Const) else new.op
+            op = new.op.digest + _owner(new) if isinstance(new.op, Const) else new.op
             first = known.setdefault((op, repr(op), inputs), new)
             return first if first is new or context.spend("cse", new) else new
 
         return rebuild(graph, visit)
+
+
+def _owner(constant: Node) -> str:
+    """The module whose parameter a constant may be."""
+    return f" {constant.loc.module}" if constant.loc and constant.type.is_float else ""

@@ -211,6 +211,6 @@ def _note(node: Node) -> str:
     """A line for the ledger: which layer is stored how."""
     assert isinstance(node.op, SPARSE)
     cut = node.op.lists_of(node.inputs[0].type)
-    stored = node.inputs[1].type.size / (cut.outputs * cut.inputs * cut.taps)
+    stored = node.inputs[1].type.shape[0] / (cut.blocks * cut.inputs * cut.taps)
     how = "single weights" if cut.block == 1 else f"vectors of {cut.block}"
     return f"{node.loc.module if node.loc and node.loc.module else describe(node)}: {how}, {stored:.1%} of them stored"

@@ -198,3 +198,15 @@ def test_the_profile_of_a_quantized_network(tmp_path: Path) -> None:
     assert found["saved_bytes"] > 0
     assert sum(row["sqnr"] is not None for row in found["kernels"]) == 10
     assert Result("run", saved, "--json").json()["profile"] is None
+
+
+def test_check_after_lossy_passes_is_of_what_is_left(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("tvm")
+    (tmp_path / "net.py").write_text(MODEL)
+    np.save(tmp_path / "x.npy", images(3, shape=(1, 1, 8, 8)))
+    model = f"{tmp_path}/net.py:make"
+    for passes, more in (("prune-unstructured{ratio=0.9}", []), ("quantize", ["--calibration", tmp_path / "x.npy"])):
+        done = Result("compile", model, "--passes", passes, *more, "--check", "--json")
+        assert done.code == 0, done.err
+        assert done.json()["check"]["ok"]

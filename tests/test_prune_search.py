@@ -94,7 +94,7 @@ def test_the_scan_is_a_table_in_the_ledger_even_if_nothing_goes() -> None:
     assert not entry.changed
     assert [note.split(":")[0] for note in entry.notes[1:3]] == ["  spare (16 channels)", "  fragile (16 channels)"]
     assert entry.notes[1].count("%") == 4
-    least, most = (float(entry.notes[line].split("75% ")[1].split(",")[0]) for line in (1, 2))
+    least, most = (float(entry.notes[line].split("75%: ")[1].split(",")[0]) for line in (1, 2))
     assert least < most / 100
     assert Ledger.from_json(result.ledger.as_json()).as_json() == result.ledger.as_json()
 

@@ -64,7 +64,8 @@ def _account(families: Families, keep: Sequence[int], before: Timing, now: Timin
     how = "measured" if now.measured else "modelled: the target is not at hand"
     faster, fewer = before.seconds / now.seconds, _ratio(_macs(dense), _macs(pruned))
     context.notes.append(f"{faster:.2f} times as fast for {fewer:.2f} times fewer multiply-adds ({how})")
-    still = list(slower(before, now))
+    reduced = {name for p, family in enumerate(families.families) if keep[p] < len(family) for name in _touched(families, family)}
+    still = [name for name in slower(before, now) if name in reduced]
     if still:
         shown = ", ".join(_said(layer, before, now) for layer in still[:SHOWN_LAYERS])
         context.notes.append(f"slower, but layers that hang on them are faster by more: {len(still)} layers, of which {shown}")

@@ -79,10 +79,16 @@ class PruneChannels(Pass):
     def _keep(self, families: Families, context: Context) -> list[int]:
         """How many groups stay of each family."""
         wanted = self._shares(families) if self.scope == SCOPES[1] else [_staying(len(f), self.ratio) for f in families.families]
-        for family, count in zip(families.families, wanted, strict=True):
+        keep = [family.rounded(count) for family, count in zip(families.families, wanted, strict=True)]
+        for family, count, rounded in zip(families.families, wanted, keep, strict=True):
             if count == 0:
                 context.notes.append(f"one channel stays of {family.name}")
-        return [family.rounded(count) for family, count in zip(families.families, wanted, strict=True)]
+            if count < rounded == len(family):
+                reason = (
+                    f"all channels stay: no number of them from {family.width(max(count, 1))} on is a multiple of {family.step}"
+                )
+                context.decline(self.name, family.layers[0], f"{reason}, which round_to asks for")
+        return keep
 
     def _shares(self, families: Families) -> list[int]:
         """How many groups stay of each family when those of the least scores in the whole network go."""

@@ -36,11 +36,16 @@ class Judge:
         self.best = context.metric(dense) if context.metric else 0.0
 
     def damage(self, graph: Graph) -> float:
+        return self.both(graph)[0]
+
+    def both(self, graph: Graph) -> tuple[float, str]:
+        """The damage, and what to tell of it: how far the metric fell, or what is lost."""
         lost = self.lost(graph)
         if self.context.metric is None:
-            return lost
-        fallen = (self.best - self.context.metric(graph)) / max(abs(self.best), 1e-12)
-        return max(fallen, 0.0) + NOISE_BESIDE_METRIC * lost
+            return lost, "all" if lost >= MOST_DAMAGE else f"{lost:.2g}"
+        found = self.context.metric(graph)
+        fallen = max((self.best - found) / max(abs(self.best), 1e-12), 0.0)
+        return fallen + NOISE_BESIDE_METRIC * lost, f"{self.best - found:.2g}"
 
     def lost(self, graph: Graph) -> float:
         """0 where the outputs are the same; at most MOST_DAMAGE."""
@@ -58,10 +63,14 @@ class Judge:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The damage that one family does alone, by the share of its groups that is gone: (shares, damages), from 0."""
+    """The damage that one family does alone, by the share of its groups that is gone: (shares, damages), from 0.
+
+    `told`: for each share that was tried what the ledger says of it.
+    """
 
     shares: Array
     damages: Array
+    told: tuple[str, ...] = ()
 
     @cached_property
     def expected(self) -> Array:
@@ -84,14 +93,16 @@ def scan(families: Families, judge: Judge, context: Context) -> list[Curve]:
     curves, total = [], len(families.families) * len(RATIOS)
     for place, family in enumerate(families.families):
         counts = sorted({family.rounded(round(len(family) * (1 - ratio))) for ratio in RATIOS} - {len(family)}, reverse=True)
-        found = [0.0]
+        found, told = [0.0], []
         for number, count in enumerate(counts):
             context.tell("scan", place * len(RATIOS) + number, total)
             keep = families.dense
             keep[place] = count
-            found.append(judge.damage(families.graph(keep)))
+            damage, said = judge.both(families.graph(keep))
+            found.append(damage)
+            told.append(said)
         shares = [0.0, *(1 - count / len(family) for count in counts)]
-        curves.append(Curve(np.array(shares), np.array(found)))
+        curves.append(Curve(np.array(shares), np.array(found), tuple(told)))
     context.tell("scan", total, total)
     return curves
 
@@ -100,7 +111,7 @@ def table(families: Families, curves: Sequence[Curve], what: str) -> list[str]:
     """The scan for the ledger: a line for each family, with what was tried."""
     lines = [f"sensitivity ({what} without these shares of one family's channels):"]
     for family, curve in zip(families.families, curves, strict=True):
-        tried = zip(curve.shares[1:], curve.damages[1:], strict=True)
-        shown = ", ".join(f"{share:.0%} {damage:.2g}" for share, damage in tried) or "no other width fits"
+        tried = zip(curve.shares[1:], curve.told, strict=True)
+        shown = ", ".join(f"{share:.0%}: {said}" for share, said in tried) or "no other width fits"
         lines.append(f"  {family.name} ({family.width(len(family))} channels): {shown}")
     return lines

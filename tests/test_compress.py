@@ -13,10 +13,10 @@ from paring.ir.errors import ArgumentError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, pool, reduce, shape, unary
 from paring.ir.ops.attention import IntegerAttention, ScaledDotProductAttention
+from paring.passes.compress.layers import carries, is_quantized_weight
 from paring.passes.compress.operands import operand_rows
-from paring.passes.compress.quantization.rescale import by_group, carries, input_ranges
+from paring.passes.compress.quantization.rescale import by_group, input_ranges
 from paring.passes.compress.quantization.twins import find_twins
-from paring.passes.compress.quantization.units import is_quantized_weight
 from paring.passes.contract import Close, Exact, Lossy, check
 from paring.passes.manager import run_pipeline
 from paring.passes.pipelines import parse_pipeline

@@ -107,6 +107,18 @@ def test_arrows_are_as_drawn() -> None:
     assert not faults
 
 
+def test_rooms_of_lossy_passes_share_what_lies_outside_of_them() -> None:
+    """`channels`, `masks` and `quantization` do not know each other."""
+    home = "paring.passes.compress."
+    faults = []
+    for path in SOURCES:
+        room, *inner = module_of(path).removeprefix(home).split(".")
+        if module_of(path).startswith(home) and inner:
+            others = [name for _, name in imports(TREES[path]) if name.startswith(home) and name.count(".") > home.count(".")]
+            faults += [f"{place(path)} {name}" for name in others if not name.startswith(f"{home}{room}.")]
+    assert not faults
+
+
 def test_libraries_stay_on_their_floors() -> None:
     faults = []
     for path in SOURCES:

@@ -13,8 +13,9 @@ from paring.ir.errors import ArgumentError, InputError, ModelError, ParingError
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, quantized, reduce, shape, unary
 from paring.ir.verify import verify
+from paring.passes.compress.layers import Names, is_quantized_weight
 from paring.passes.compress.quantization.scan import Ratio
-from paring.passes.compress.quantization.units import Flow, Names, Unit, find_units, is_pair, is_quantized_weight
+from paring.passes.compress.quantization.units import Flow, Unit, find_units, is_pair
 from paring.passes.compress.quantization.weights import scales_for, to_integers
 from paring.passes.contract import Lossy, check
 from paring.passes.ledger import Ledger

@@ -12,9 +12,8 @@ from paring.ir.ops import binary, conv, unary
 from paring.passes.compress.calibrate import gather
 from paring.passes.compress.channels.channels import Channels
 from paring.passes.compress.channels.labels import along
-from paring.passes.compress.masks.grid import taps_last
+from paring.passes.compress.layers import carries, is_layer, taps_last
 from paring.passes.compress.operands import see_operands
-from paring.passes.compress.quantization.rescale import carries, is_layer
 from paring.passes.rewriter import Context
 from paring.passes.util import channel_axis, const_value
 

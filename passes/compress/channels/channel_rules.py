@@ -12,7 +12,7 @@ from paring.ir.op import Array, Op
 from paring.ir.ops import attention, binary, conv, index, linear, norm, pool, reduce, resize, scan, shape, unary
 from paring.passes.compress.channels.channels import Channels, Flow, Rule, find_channels
 from paring.passes.compress.channels.labels import Value, one_value, varying
-from paring.passes.compress.quantization.rescale import is_layer
+from paring.passes.compress.layers import is_layer
 from paring.passes.util import channel_axis
 
 # Labels are arrays: beyond so many elements a reshape that tangles channels with pixels ties them instead.

@@ -15,7 +15,7 @@ from paring.ir.ops import ELEMENTWISE, attention, conv, linear, norm, shape
 from paring.ir.ops.core import Const
 from paring.passes.compress.channels.channels import Channels, Group
 from paring.passes.compress.channels.labels import along
-from paring.passes.compress.quantization.rescale import is_layer
+from paring.passes.compress.layers import is_layer
 from paring.passes.util import by_class, channel_axis, const_value, constant, with_operands
 
 Operands = Sequence[Node]

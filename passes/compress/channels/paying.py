@@ -61,7 +61,7 @@ def _account(families: Families, keep: Sequence[int], before: Timing, now: Timin
     """What the ledger says of a network that stays pruned."""
     dense, pruned = families.channels.flow.graph, families.graph(keep)
     context.conversion.update(conversion(dense, pruned, before, now))
-    how = "measured" if now.measured else "modelled: the target is not at hand"
+    how = "measured, of the float network" if now.measured else "modelled, of the float network: the target is not at hand"
     faster, fewer = before.seconds / now.seconds, _ratio(_macs(dense), _macs(pruned))
     context.notes.append(f"{faster:.2f} times as fast for {fewer:.2f} times fewer multiply-adds ({how})")
     reduced = {name for p, family in enumerate(families.families) if keep[p] < len(family) for name in _touched(families, family)}

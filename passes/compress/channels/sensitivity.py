@@ -10,8 +10,8 @@ import numpy as np
 
 from paring.ir.graph import Graph
 from paring.ir.op import Array
+from paring.passes.compress.calibrate import BATCHES
 from paring.passes.compress.channels.families import Families
-from paring.passes.compress.quantization.scan import BATCHES
 from paring.passes.rewriter import Context
 
 # The shares of a family's groups that are taken away.

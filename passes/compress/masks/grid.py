@@ -7,11 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paring.ir.op import Array
-
-
-def taps_last(weight: Array) -> Array:
-    """(outputs, inputs, taps) of a layer's weight; a linear layer has one tap. A view of a contiguous array."""
-    return weight.reshape(*weight.shape[:2], -1)
+from paring.passes.compress.layers import taps_last
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from paring.ir.op import Array
 from paring.ir.ops.core import Const
 from paring.passes.base import Pass
 from paring.passes.canonicalize import Canonicalize
+from paring.passes.compress.layers import Names
 from paring.passes.compress.masks.masks import Weight, listed, weights_of, zeros
 from paring.passes.compress.masks.structure import structure
-from paring.passes.compress.quantization.units import Names
 from paring.passes.const_fold import ConstFold
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context

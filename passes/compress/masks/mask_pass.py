@@ -14,9 +14,9 @@ from paring.ir.graph import Graph
 from paring.ir.op import Array
 from paring.passes.base import Pass
 from paring.passes.compress.criteria import CRITERIA, SCOPES, SLACK, WEIGHT_CRITERIA, Evidence, check_choice, check_evidence
+from paring.passes.compress.layers import Names
 from paring.passes.compress.masks.grid import Grid
 from paring.passes.compress.masks.masks import Weight, check_finite, saliency, summary, weights_of, with_masks
-from paring.passes.compress.quantization.units import Names
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
 from paring.passes.util import constant

@@ -15,8 +15,7 @@ from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.ir.ops import conv, linear
 from paring.passes.compress.criteria import CRITERIA, Evidence
-from paring.passes.compress.quantization.rescale import is_layer
-from paring.passes.compress.quantization.units import Names, is_quantized_weight
+from paring.passes.compress.layers import Names, is_layer, is_quantized_weight
 from paring.passes.ledger import SHOWN_LAYERS
 from paring.passes.rewriter import Context
 from paring.passes.util import const_value, is_const, layer_name, with_operands

@@ -11,7 +11,8 @@ import numpy as np
 from paring.ir.errors import ArgumentError
 from paring.ir.op import Array
 from paring.ir.ops import conv
-from paring.passes.compress.masks.grid import Grid, taps_last
+from paring.passes.compress.layers import taps_last
+from paring.passes.compress.masks.grid import Grid
 from paring.passes.compress.masks.mask_pass import MaskPass, RatioPass
 from paring.passes.compress.masks.masks import Weight
 from paring.passes.rewriter import Context

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from paring.ir.op import Array
-from paring.passes.compress.masks.grid import Grid, taps_last
+from paring.passes.compress.layers import taps_last
+from paring.passes.compress.masks.grid import Grid
 
 # From the coarsest to the finest; a weight has the first of which every one of its zeros is part.
 GRIDS: dict[str, Grid] = {

@@ -14,12 +14,11 @@ from paring.ir.op import Array
 from paring.ir.ops import unary
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import check_calibration, peaks
+from paring.passes.compress.layers import carries, is_layer
 from paring.passes.compress.quantization.rescale import (
     Values,
-    carries,
     divide_outputs,
     input_ranges,
-    is_layer,
     multiply_inputs,
     output_ranges,
     values_of,

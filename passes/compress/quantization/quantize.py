@@ -11,10 +11,12 @@ from paring.ir.errors import ArgumentError
 from paring.ir.graph import Graph, Node
 from paring.ir.types import BYTES
 from paring.passes.base import Pass
-from paring.passes.compress.calibrate import calibrate, check_calibration
+from paring.passes.compress.calibrate import check_calibration
+from paring.passes.compress.layers import Names
 from paring.passes.compress.quantization.observers import make_observer
+from paring.passes.compress.quantization.ranges import calibrate
 from paring.passes.compress.quantization.scan import KINDS, Recipe, metrics, output_noise, scan
-from paring.passes.compress.quantization.units import LAYERS, Flow, Names, Unit, find_units, insert
+from paring.passes.compress.quantization.units import LAYERS, Flow, Unit, find_units, insert
 from paring.passes.compress.quantization.weights import METHODS, most_of, quantized_weight
 from paring.passes.contract import Lossy
 from paring.passes.ledger import SHOWN_LAYERS

@@ -8,47 +8,18 @@ import numpy as np
 
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
-from paring.ir.ops import conv, norm, pool, reduce, shape, unary
-from paring.passes.util import const_value, constant, is_const, is_plain, with_operands
+from paring.ir.ops import conv, norm
+from paring.passes.util import const_value, constant, is_const, with_operands
 
 NORMS = (norm.LayerNorm, norm.RmsNorm)
 Values = dict[Node, list[Array]]
 """Of each layer its constants in float64: the weight, and the bias where it has one."""
 
 
-def is_layer(node: Node) -> bool:
-    """A convolution or linear layer in plain layout with constant float32 weights."""
-    return node.type.dtype == "float32" and is_plain(node) and all(map(is_const, node.inputs[1:]))
-
-
 def is_norm(node: Node) -> bool:
     """A norm over the last dimension with constant float32 weights."""
     constants = node.inputs[1:]
     return isinstance(node.op, NORMS) and all(is_const(i) and i.type.rank == 1 and i.type.dtype == "float32" for i in constants)
-
-
-def carries(node: Node, axis: int) -> int | None:
-    """Where the channels of `axis` are in the result of a node that keeps them apart and f(s * x) = s * f(x); else None."""
-    before = node.inputs[0].type.shape
-    match node.op:
-        case unary.Relu() | unary.LeakyRelu():
-            return axis
-        case pool.MaxPool2d(layout="NCHW") | pool.AvgPool2d(layout="NCHW") | pool.AdaptiveAvgPool2d(layout="NCHW"):
-            return axis if axis == 1 else None
-        case reduce.Mean(axes=axes, keepdims=keepdims) if axis not in axes:
-            return axis if keepdims else axis - sum(a < axis for a in axes)
-        case shape.Pad(mode="constant", value=0.0, padding=padding) if padding[axis] == (0, 0):
-            return axis
-        case shape.Reshape(shape=after):
-            return _axis_after_reshape(before, after, axis)
-    return None
-
-
-def _axis_after_reshape(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int | None:
-    """The dimension of the same size with as many elements after it."""
-    inner = int(np.prod(before[axis + 1 :]))
-    places = [d for d, size in enumerate(after) if size == before[axis] and int(np.prod(after[d + 1 :])) == inner]
-    return places[0] if len(places) == 1 or (places and before[axis] == 1) else None
 
 
 def values_of(node: Node) -> list[Array]:

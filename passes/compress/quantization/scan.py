@@ -13,15 +13,13 @@ from paring.ir.interpreter import evaluate, walk
 from paring.ir.op import Array
 from paring.ir.ops.attention import ScaledDotProductAttention
 from paring.ir.ops.quantized import Dequantize, Quantize
-from paring.passes.compress.calibrate import evaluate_from
+from paring.passes.compress.calibrate import BATCHES, evaluate_from
 from paring.passes.compress.quantization.attention import on_integers
 from paring.passes.compress.quantization.observers import Affine
 from paring.passes.compress.quantization.units import Flow, Inserted, Unit, insert
 from paring.passes.rewriter import Context
 
 KINDS = ("layer", "network", "metric", "none")
-# How many batches are looked at: values of all nodes are kept, and the interpreter runs them.
-BATCHES = 4
 # Where there is no noise at all; so that every figure is finite.
 MOST_DB = 200.0
 

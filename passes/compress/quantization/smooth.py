@@ -12,11 +12,11 @@ from paring.ir.op import Array
 from paring.ir.ops import linear, shape, unary
 from paring.passes.base import Pass
 from paring.passes.compress.calibrate import check_calibration, peaks
+from paring.passes.compress.layers import is_layer
 from paring.passes.compress.quantization.rescale import (
     Values,
     divide_outputs,
     input_ranges,
-    is_layer,
     is_norm,
     multiply_inputs,
     values_of,

@@ -9,8 +9,9 @@ from paring.ir.graph import Graph, Node
 from paring.ir.ops.attention import IntegerAttention, ScaledDotProductAttention
 from paring.ir.ops.core import Const
 from paring.passes.compress.calibrate import evaluate_from
+from paring.passes.compress.layers import is_quantized_weight
 from paring.passes.compress.quantization.scan import output_noise
-from paring.passes.compress.quantization.units import LAYERS, is_pair, is_quantized_weight
+from paring.passes.compress.quantization.units import LAYERS, is_pair
 from paring.passes.contract import Lossy
 from paring.passes.rewriter import Context
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from paring.ir.errors import ArgumentError, nearest
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Op
 from paring.ir.ops import binary, conv, linear, norm, pool, quantized, reduce, shape, unary
 from paring.ir.ops.attention import ScaledDotProductAttention
-from paring.ir.ops.core import Const
+from paring.passes.compress.layers import Names
 from paring.passes.compress.quantization.attention import fits, on_integers, quantize
 from paring.passes.compress.quantization.observers import Affine
 from paring.passes.util import const_value, is_const, is_plain
@@ -74,27 +72,6 @@ def moves(node: Node) -> bool:
     if isinstance(node.op, shape.Pad):
         return node.op.mode != "constant" or node.op.value == 0
     return isinstance(node.op, MOVES)
-
-
-class Names:
-    """Which nodes a list of module paths and glob patterns means: a path means all that lies below it."""
-
-    def __init__(self, text: str) -> None:
-        self.patterns = [part.strip() for part in text.split(",") if part.strip()]
-        self.used: set[str] = set()
-
-    def has(self, node: Node) -> bool:
-        path = node.loc.module if node.loc else ""
-        hits = [p for p in self.patterns if path == p or path.startswith(f"{p}.") or fnmatch.fnmatchcase(path, p)]
-        self.used.update(hits)
-        return bool(hits)
-
-    def check(self, graph: Graph, who: str) -> None:
-        """Raise ArgumentError for a name that meant none of the nodes that were asked about."""
-        known = sorted({node.loc.module for node in graph.nodes() if node.loc and node.loc.module})
-        for pattern in (p for p in self.patterns if p not in self.used):
-            hint = nearest(pattern, known, f"modules: {', '.join(known[:20]) or 'none have names'}")
-            raise ArgumentError(f"{who}: skip names {pattern!r}, which is no module", hint=hint)
 
 
 def sources(graph: Graph) -> dict[Node, tuple[Node, ...]]:
@@ -259,8 +236,3 @@ def _pair(node: Node, params: Affine) -> Node:
 def is_pair(node: Node) -> bool:
     """Whether a node is dequantize(quantize(x))."""
     return isinstance(node.op, quantized.Dequantize) and isinstance(node.inputs[0].op, quantized.Quantize)
-
-
-def is_quantized_weight(node: Node) -> bool:
-    """Whether a node is dequantize of constant integers."""
-    return isinstance(node.op, quantized.Dequantize | quantized.DequantizeChannels) and isinstance(node.inputs[0].op, Const)

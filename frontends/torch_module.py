@@ -37,6 +37,8 @@ LEARNED: dict[type[Op], dict[int, str]] = {
     binary.Mul: {0: "scale", 1: "scale"},
     binary.Div: {0: "scale", 1: "scale"},
 }
+# Of these a matrix may be masked, or tied on purpose; vectors and norms are not.
+MATRICES = (conv.Conv2d, conv.ConvTranspose2d, linear.Linear, linear.Matmul, index.Gather)
 ARITHMETIC = (binary.Add, binary.Sub, binary.Mul, binary.Div)
 LOWERED = (Region, shape.LayoutTransform, pack.PackConvWeight, pack.PackLinearWeight, sparse.SparseConv2d, sparse.SparseLinear)
 # A constant beyond this that is added is a mask: minus infinity written as a number.
@@ -45,11 +47,13 @@ MOST_SHIFT = 1000.0
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """An operand that is learned: the parameter's name, the constant it starts from, and what moves it to where it is read."""
+    """An operand that is learned: the parameter's name, the constant it starts from, what moves it to where it is read, and
+    whether it is the weight matrix there, of a single row too."""
 
     name: str
     source: Node
     moves: tuple[Node, ...]
+    is_matrix: bool
 
 
 class Program:
@@ -82,6 +86,10 @@ class Program:
         """The constant that each parameter starts from."""
         return {slot.name: slot.source for slot in self.slots.values()}
 
+    def matrices(self) -> set[str]:
+        """The parameters that are weight matrices, which a mask may have set to zero."""
+        return {slot.name for slot in self.slots.values() if slot.is_matrix}
+
     def with_values(self, values: Mapping[str, Array]) -> Graph:
         """The graph with parameters replaced; nodes none of whose parameters changed stay themselves."""
         old = self.parameters()
@@ -107,6 +115,9 @@ class TrainableGraph(nn.Module):
     channel are parameters, named by where they come from (`layer1.0.conv1.weight`); all else is constant. Inputs may have
     more or fewer rows along dimension 0 than the graph's: they are computed as so many calls of the graph, the last one filled
     up with zeros, and the results joined along dimension 0. Gives a tensor, or a tuple of several.
+
+    With `keep_zeros` each weight matrix has a mask, by the parameter's name in `masks`: what is zero now stays zero, in the
+    forward pass too, in a matrix of zeros only as well. `del module.masks[name]` frees the zeros of one.
     """
 
     def __init__(self, graph: Graph, keep_zeros: bool = False) -> None:
@@ -117,11 +128,12 @@ class TrainableGraph(nn.Module):
             self.register_buffer(name, _tensor(node), persistent=False)
         self.masks: dict[str, str] = {}
         self.paths: dict[str, str] = {}
+        masked = self.program.matrices() if keep_zeros else set()
         for name, source in self.program.parameters().items():
             value = _tensor(source)
             self.paths[name] = _put(self, name, nn.Parameter(value))
             kept = value != 0
-            if keep_zeros and _is_matrix(source) and kept.any() and not kept.all():
+            if name in masked and not kept.all():
                 self.masks[name] = f"mask{len(self.masks)}"
                 self.register_buffer(self.masks[name], kept, persistent=False)
 
@@ -141,7 +153,7 @@ class TrainableGraph(nn.Module):
             if split:
                 lacking = math.ceil(calls) * own[0] - x.shape[0]
                 x = torch.cat([x, x.new_zeros(lacking, *own[1:])]) if lacking else x
-                x = x.reshape(-1, *own)
+                x = x.reshape(math.ceil(calls), *own)
             parts.append(x)
             dims.append(0 if split else None)
         found = []
@@ -161,7 +173,7 @@ class TrainableGraph(nn.Module):
             hint = "train the parameters that are there; what wraps them (parametrizations, pruning of torch) belongs off again"
             raise ArgumentError(f"the module {what}: another architecture", hint=hint)
         return {
-            name: found[path] * self.get_buffer(self.masks[name]) if name in self.masks else found[path]
+            name: torch.where(self.get_buffer(self.masks[name]), found[path], 0.0) if name in self.masks else found[path]
             for name, path in self.paths.items()
         }
 
@@ -207,9 +219,10 @@ class TrainableGraph(nn.Module):
 def to_torch(graph: Graph, *, keep_zeros: bool = False) -> TrainableGraph:
     """The module that computes what a graph does, and can be trained.
 
-    The graph is one that lossy passes see: simplified, in plain layouts, of floats. `keep_zeros`: weights that are zero in a
-    matrix that is not all zeros stay zero, whatever is learned. Raises ArgumentError for a graph that is lowered to a target,
-    UnsupportedOpsError for operators that have no gradients.
+    The graph is one that lossy passes see: simplified, in plain layouts, of floats. `keep_zeros`: weights of layers that are
+    zero stay zero, whatever is learned, those of a matrix of zeros only as well; without it they learn.
+
+    Raises ArgumentError for a graph that is lowered to a target, UnsupportedOpsError for operators that have no gradients.
     """
     return TrainableGraph(graph, keep_zeros)
 
@@ -282,10 +295,11 @@ def _slots(graph: Graph) -> dict[tuple[Node, int], Slot]:
                 continue
             source, moves = _origin(node.inputs[position])
             # Equal vectors of several layers are one constant; a matrix that several read is tied on purpose.
-            name = shared.get(source) or _unused(_name(node, source, role), names)
-            if _is_matrix(source):
+            is_matrix = isinstance(node.op, MATRICES) and node.inputs[position].type.rank >= 2
+            name = (shared.get(source) if is_matrix else None) or _unused(_name(node, source, role), names)
+            if is_matrix:
                 shared[source] = name
-            slots[node, position] = Slot(name, source, moves)
+            slots[node, position] = Slot(name, source, moves, is_matrix)
     return slots
 
 
@@ -310,10 +324,6 @@ def _origin(node: Node) -> tuple[Node, tuple[Node, ...]]:
         moves.append(node)
         (node,) = node.inputs
     return node, tuple(reversed(moves))
-
-
-def _is_matrix(source: Node) -> bool:
-    return source.type.size > max(source.type.shape, default=1)
 
 
 def _name(node: Node, source: Node, role: str) -> str:
@@ -361,9 +371,9 @@ def _at(slot: Slot, parameters: Mapping[str, Tensor]) -> Tensor:
 
 
 def _constant(source: Node, value: Array) -> Node:
-    """A constant in place of another; itself where no bit changed."""
+    """A constant in place of another; itself where no value changed: torch's own masks leave -0.0, ours 0.0."""
     assert isinstance(source.op, Const)
-    return source if source.op.value.tobytes() == value.tobytes() else Node(Const(value), (), source.loc)
+    return source if np.array_equal(source.op.value, value) else Node(Const(value), (), source.loc)
 
 
 def _moved(node: Node, moves: Sequence[Node]) -> Node:

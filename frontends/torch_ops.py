@@ -90,7 +90,23 @@ def _gelu(op: unary.Gelu, x: Tensor) -> Tensor:
 
 
 def _floor_div(op: binary.FloorDiv, x: Tensor, y: Tensor) -> Tensor:
-    return torch.div(x, y, rounding_mode="floor")
+    if x.is_floating_point():
+        return torch.div(x, y, rounding_mode="floor")
+    small, divisor = _divisor(y)
+    return torch.where(small, x * y, torch.div(x, divisor, rounding_mode="floor"))
+
+
+def _remainder(op: binary.Remainder, x: Tensor, y: Tensor) -> Tensor:
+    if x.is_floating_point():
+        return torch.remainder(x, y)
+    small, divisor = _divisor(y)
+    return torch.where(small, 0, torch.remainder(x, divisor))
+
+
+def _divisor(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Where an integer is -1, 0 or 1, and 1 in its place: torch raises for 0, and the machine may for the least one by -1."""
+    small = y == y.sign()
+    return small, torch.where(small, 1, y)
 
 
 # --- windows and reductions -----------------------------------------------------------------------------------------
@@ -182,7 +198,6 @@ _SAME: dict[type[Op], Callable[..., Tensor]] = {
     binary.Sub: torch.sub,
     binary.Mul: torch.mul,
     binary.Div: torch.div,
-    binary.Remainder: torch.remainder,
     binary.Pow: torch.pow,
     binary.Maximum: torch.maximum,
     binary.Minimum: torch.minimum,
@@ -214,6 +229,7 @@ TORCH: dict[type[Op], Function] = {
     unary.Gelu: _gelu,
     unary.Cast: lambda op, x: x.to(dtype_of(op.dtype)),
     binary.FloorDiv: _floor_div,
+    binary.Remainder: _remainder,
     pool.MaxPool2d: _max_pool2d,
     pool.AvgPool2d: _avg_pool2d,
     pool.AdaptiveAvgPool2d: lambda op, x: F.adaptive_avg_pool2d(x, op.size),

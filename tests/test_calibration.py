@@ -145,7 +145,8 @@ def test_quick_runs_agree_with_the_interpreter(how: str, monkeypatch: pytest.Mon
     graph = run_pipeline(graph, parse_pipeline(pipeline("prepare", {}))).graph
     monkeypatch.setattr(host, "QUICK_FROM_MACS", 0)
     if how == "compiled":
-        monkeypatch.setattr(host, "EagerExecutable", mock.Mock(side_effect=errors.ParingError("torch does not compute this")))
+        fails = mock.Mock(side_effect=errors.ParingError("torch does not compute this"))
+        monkeypatch.setattr(host.EagerExecutable, "__init__", fails)
     stages: list[str] = []
     run = host.HostRun(targets.resolve("native"), lambda stage, done, total: stages.append(stage))
     batches = [[image.numpy()] for image in images()]
@@ -158,6 +159,27 @@ def test_quick_runs_agree_with_the_interpreter(how: str, monkeypatch: pytest.Mon
         assert abs(one.op.scale / two.op.scale - 1) < 64 * np.finfo(np.float32).eps
     (a,), (b,) = (interpret(r.graph, batches[0]) for r in (plain, quick))
     assert np.abs(a - b).max() <= NOISE * np.abs(a).max()
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_what_torch_cannot_run_after_all_runs_otherwise(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x,) = small_resnet()
+    graph = run_pipeline(import_any(model, (x,), {}).graph, parse_pipeline(pipeline("prepare", {}))).graph
+    monkeypatch.setattr(host, "QUICK_FROM_MACS", 0)
+    fails = mock.Mock(side_effect=RuntimeError("ZeroDivisionError"))
+    monkeypatch.setattr(host.EagerExecutable, "run", fails)
+    if not compiles:
+        monkeypatch.setattr(host, "open_on_host", mock.Mock(side_effect=errors.TargetError("no compiler")))
+    run = host.HostRun(targets.resolve("native"), lambda *step: None)
+    arrays = [x.numpy()]
+    (right,) = interpret(graph, arrays)
+    for _ in range(2):
+        (found,) = run(graph, arrays)
+        assert np.abs(found - right).max() <= NOISE * np.abs(right).max()
+    run.close()
+    assert fails.call_count == 1
+    with pytest.raises(errors.ParingError):
+        run(graph, [np.zeros((1, 2), "float32")])
 
 
 def test_a_foreign_target_is_calibrated_on_this_host() -> None:

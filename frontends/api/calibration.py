@@ -70,7 +70,7 @@ def open_on_host(graph: Graph, target: Target, tell: Tell) -> Any:
 
 class HostRun:
     """Runs graphs, the last one is kept: of large ones those of floats by torch, which need not be compiled first, others
-    compiled for this host; the rest, and what can be neither, is interpreted.
+    compiled for this host; the rest, and what can be neither, is interpreted. What torch fails to run is compiled too.
     """
 
     def __init__(self, target: Target, tell: Tell) -> None:
@@ -83,6 +83,11 @@ class HostRun:
         if graph is not self.graph:
             self.close()
             self.graph, self.executable = graph, self._open(graph)
+        if isinstance(self.executable, EagerExecutable):
+            try:
+                return self.executable.run(arrays)
+            except Exception:  # of any type: what torch raises is of its own choice
+                self.executable = self._compiled(graph)
         return list(interpret(graph, arrays) if self.executable is None else self.executable.run(arrays))
 
     def _open(self, graph: Graph) -> Any:
@@ -91,7 +96,10 @@ class HostRun:
         try:
             return EagerExecutable(graph)
         except ParingError:
-            pass
+            return self._compiled(graph)
+
+    def _compiled(self, graph: Graph) -> Any:
+        """None where this host cannot compile it."""
         try:
             return open_on_host(graph, self.target, self.tell)
         except (TargetError, ImportError):

@@ -30,7 +30,9 @@ def machine_of(target: Target) -> Machine:
 class HostTime:
     """Compiles a graph for this host and times it: the fastest of some calls, and each layer's kernels by its module.
 
-    Graphs that were timed before are not compiled again. What is measured differs from run to run.
+    Compiled by the target's own pipeline: a time is that of the float network, before passes that follow (`quantize`) and
+    without a `pipeline=` of the user. Graphs that were timed before are not compiled again. What is measured differs from
+    run to run.
     """
 
     def __init__(self, target: Target, tell: Tell) -> None:

@@ -25,7 +25,8 @@ def to_torch(
         model: an ir.Graph, taken as it is; a Network, of which the last stage before it was lowered is taken; or any model that
             `paring.compile` takes, with example `inputs` and `kwargs`: simplified and its batch norms folded, as lossy passes
             see it, so that the names of its parameters are those that a `finetune` hook meets.
-        keep_zeros: weights that are zero in a matrix that is not all zeros stay zero, whatever is learned.
+        keep_zeros: weights of layers that are zero stay zero, whatever is learned, those of a matrix of zeros only as well:
+            it may have been masked. Without it they learn; `del module.masks[name]` frees those of one parameter.
 
     Raises ArgumentError for a graph that is lowered to a target, UnsupportedOpsError naming all operators without gradients.
     """

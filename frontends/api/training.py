@@ -22,8 +22,10 @@ SIGNS = np.array([-1.0, 1.0])
 def fine_tuner(hook: Hook | None) -> Callable[[Graph], Graph] | None:
     """The user's hook as a function of graphs: trains the weights of one, and gives it with what was learned.
 
-    The hook is given `paring.to_torch(graph, keep_zeros=True)`. Raises ArgumentError where it raises, gives something else
-    than that module, changes its architecture, or leaves values that are not finite.
+    The hook is given `paring.to_torch(graph, keep_zeros=True)`, with gradients on, whatever the caller has torch do. Weights
+    that are zero stay so, those that were initialised to zero too, unless the hook frees them: `del module.masks[name]`.
+    Raises ArgumentError where the hook raises, gives something else than that module, changes its architecture, or leaves
+    values that are not finite.
     """
     if hook is None:
         return None
@@ -35,9 +37,10 @@ def fine_tuner(hook: Hook | None) -> Callable[[Graph], Graph] | None:
 
         from paring.frontends.torch_module import from_torch, to_torch
 
-        module = to_torch(graph, keep_zeros=True)
+        with torch.inference_mode(False):
+            module = to_torch(graph, keep_zeros=True)
         try:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 result: object = hook(module)
         except ParingError:
             raise
@@ -68,13 +71,15 @@ def loss_gradients(
 
         from paring.frontends import torch_module
 
-        module = torch_module.to_torch(graph)
+        with torch.inference_mode(False):
+            module = torch_module.to_torch(graph)
         for number, batch in enumerate(calibration):
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 found = module(*(torch.from_numpy(array.copy()) for array in batch))
                 outputs = found if isinstance(found, tuple) else (found,)
                 value = _own_loss(outputs, number) if loss is None else _users_loss(loss, outputs, number, signature)
-                yield torch_module.gradients(module, value)
+                each = torch_module.gradients(module, value)
+            yield each
 
     return gradients
 

@@ -15,7 +15,10 @@ from paring.passes.rewriter import Context
 
 @dataclass(frozen=True)
 class FineTune(Pass):
-    """Trains the weights by the user's hook; what was pruned stays pruned, zeros of masked weights stay zero.
+    """Trains the weights by the user's hook; what was pruned stays pruned, weights that are zero stay zero.
+
+    So do those of a layer initialised to zeros: nothing tells it from one that is masked. The hook can free them, by
+    `del module.masks[name]`.
 
     Name it wherever training belongs: `prune-channels{ratio=0.3}, finetune, prune-channels{ratio=0.3}, finetune`.
     """

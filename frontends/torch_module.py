@@ -172,10 +172,17 @@ class TrainableGraph(nn.Module):
             what = f"has lost its parameter {missing[0]!r}" if missing else f"has a new parameter {added[0]!r}"
             hint = "train the parameters that are there; what wraps them (parametrizations, pruning of torch) belongs off again"
             raise ArgumentError(f"the module {what}: another architecture", hint=hint)
-        return {
-            name: torch.where(self.get_buffer(self.masks[name]), found[path], 0.0) if name in self.masks else found[path]
-            for name, path in self.paths.items()
-        }
+        return {name: self._masked(name, found[path]) for name, path in self.paths.items()}
+
+    def _masked(self, name: str, value: Tensor) -> Tensor:
+        if name not in self.masks:
+            return value
+        mask = self.get_buffer(self.masks[name])
+        if mask.shape != value.shape:
+            hint = "train the values of parameters; their number and shapes are those of the graph"
+            why = f"it is {tuple(value.shape)}, was {tuple(mask.shape)}"
+            raise ArgumentError(f"the parameter {self.paths[name]!r} is of another shape", why=why, hint=hint)
+        return torch.where(mask, value, 0.0)
 
     def _run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         parameters, slots = self.values(), self.program.slots

@@ -326,7 +326,7 @@ def test_measuring_is_an_option() -> None:
     assert not prune(ladder()).ledger.entries[0].conversion
     (entry,) = prune(ladder(), "measure=True").ledger.entries
     assert entry.conversion
-    assert any(note.endswith("(modelled: the target is not at hand)") for note in entry.notes)
+    assert any(note.endswith("(modelled, of the float network: the target is not at hand)") for note in entry.notes)
 
 
 def test_a_search_pays_too() -> None:

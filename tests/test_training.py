@@ -272,7 +272,7 @@ WRONG_HOOKS = {
     "lost its parameter": _lost,
     "a new parameter": _added,
     "is NaN or infinite": _ruined,
-    "raised ZeroDivisionError": lambda module: 1 / 0,
+    r"raised ZeroDivisionError at tests/test_training\.py:": lambda module: 1 / 0,
     "gives an int": lambda module: 3,
     "gives a Sequential": lambda module: nn.Sequential(),
     "gives a TrainableGraph, not the module it was given": copy.deepcopy,
@@ -283,6 +283,14 @@ WRONG_HOOKS = {
 def test_a_hook_that_does_something_else_is_refused(message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         paring.compile(ladder(), target="reference", passes="prune-channels, finetune", finetune=WRONG_HOOKS[message])
+
+
+def test_a_masked_parameter_of_another_shape_is_refused() -> None:
+    def resized(module: nn.Module) -> None:
+        module.classifier.weight.data = module.classifier.weight.data[:3]
+
+    with pytest.raises(ArgumentError, match="is of another shape"):
+        paring.compile(ladder(), target="reference", passes="prune-unstructured, finetune", finetune=resized)
 
 
 def test_modules_that_are_none_of_ours_are_refused() -> None:

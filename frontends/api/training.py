@@ -11,6 +11,7 @@ from paring.frontends.structure import Signature
 from paring.ir.errors import ArgumentError, ParingError, a_kind
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
+from paring.passes.rewriter import failure
 
 Hook = Callable[[Any], Any]
 Loss = Callable[[Any, int], Any]
@@ -45,7 +46,7 @@ def fine_tuner(hook: Hook | None) -> Callable[[Graph], Graph] | None:
         except ParingError:
             raise
         except Exception as error:
-            raise ArgumentError(f"the hook finetune raised {type(error).__name__}", why=str(error)) from error
+            raise ArgumentError(failure("the hook finetune", error).what, why=str(error)) from error
         if result is not None and result is not module:
             hint = "train the module in place, and return it or nothing: its architecture is that of the network"
             raise ArgumentError(f"the hook finetune gives {a_kind(result)}, not the module it was given", hint=hint)

@@ -29,7 +29,7 @@ def variant(passes: str) -> Peer:
         product: Any = import_module("paring")
         pipelines: Any = import_module("paring.passes.pipelines")
         product.set_num_threads(threads)
-        calibrated = any(each.looks_at_data() for each in pipelines.parse_pipeline(passes))
+        calibrated = any(each.calibrated for each in pipelines.parse_pipeline(passes))
         data = calibration(inputs) if calibrated else None
         return Compiled(product.compile(model, inputs, target="native", passes=passes, calibration=data), inputs)
 

@@ -22,7 +22,7 @@ class Pass:
     """Base of all passes. Subclasses state `name`, `contract`, and either `rules` or `run`.
 
     `lossy`: whether it may change what is computed, as a Lossy contract says; then it lives in `compress/` and runs only if
-    asked for. `calibrated`: whether it looks at calibration data whatever its options. `before` which passes it belongs, and
+    asked for. `calibrated`: whether it looks at calibration data, or may. `before` which passes it belongs, and
     `after` which. `unprepared`: it comes before everything else, where parameters still are as the model names them. `least`:
     the least values of whole numbers among the options.
     """
@@ -46,10 +46,6 @@ class Pass:
     def check(self) -> None:
         """Raise ArgumentError that names pass and option where an option is out of range."""
         check_least(self, self.least)
-
-    def looks_at_data(self) -> bool:
-        """Whether it looks at calibration data, with these options."""
-        return self.calibrated
 
     def rules(self) -> Sequence[Rule]:
         """The rules that make up the pass, in the order in which they are tried."""

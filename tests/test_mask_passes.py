@@ -388,10 +388,3 @@ def test_units_larger_than_a_layer_are_the_layer() -> None:
     for text in ("prune-vector{size=10000000000000000000000}", "prune-block{shape='100000000000000000000x1'}"):
         after = run(dense([1, 2], [3, 4]), text).graph
         assert weights(after)["a"].tolist() == [[0, 2], [0, 4]], text
-
-
-def test_only_criteria_that_look_at_data_are_given_them() -> None:
-    found = {text: parse_pipeline(text)[0].looks_at_data() for text in ("prune-nm", "prune-nm{criterion='wanda'}")}
-    assert list(found.values()) == [False, True]
-    assert not parse_pipeline("prune-channels")[0].looks_at_data()
-    assert parse_pipeline("prune-channels{criterion='apoz'}")[0].looks_at_data()

@@ -128,7 +128,7 @@ def _folder(dump: str | Path | None) -> Path | None:
 
 def _check_used(options: Options) -> None:
     """Raise ArgumentError for data, or a hook, that no pass would use."""
-    calibrated = any(each.looks_at_data() for each in options.passes)
+    calibrated = any(each.calibrated for each in options.passes)
     if options.calibration and not calibrated:
         raise ArgumentError("calibration data were given, but no pass that uses them", hint="leave `calibration` out")
     sloped = any(getattr(each, "criterion", "") in GRADIENT_CRITERIA for each in options.passes)

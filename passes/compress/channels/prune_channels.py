@@ -20,7 +20,6 @@ from paring.passes.compress.channels.families import Families
 from paring.passes.compress.channels.paying import keep_what_pays
 from paring.passes.compress.criteria import (
     CHANNEL_CRITERIA,
-    CRITERIA,
     SCOPES,
     SLACK,
     Evidence,
@@ -48,6 +47,7 @@ class PruneChannels(Pass):
     contract = Lossy("metric", math.inf)
     before = ("equalize", "smooth", "quantize")
     least = {"round_to": 0, "seed": 0}
+    calibrated = True
     ratio: float = 0.5
     criterion: str = "l2"
     scope: str = "layer"
@@ -61,9 +61,6 @@ class PruneChannels(Pass):
             raise ArgumentError(f"pass {self.name}: ratio is {self.ratio}", hint="a share of channels: 0 or more, less than 1")
         check_choice(self.name, "criterion", self.criterion, CHANNEL_CRITERIA)
         check_choice(self.name, "scope", self.scope, SCOPES)
-
-    def looks_at_data(self) -> bool:
-        return CRITERIA[self.criterion].data
 
     def plan(self, graph: Graph, context: Context | None = None) -> dict[Node, Array]:
         """By layer the output channels that the pass removes, for `masked`; with a context where the criterion looks at data."""

@@ -32,6 +32,7 @@ class MaskPass(Pass, ABC):
     """
 
     contract = Lossy("metric", math.inf)
+    calibrated = True
     before = ("equalize", "smooth", "quantize")
     least = {"seed": 0}
     criterion: str = "l1"
@@ -41,9 +42,6 @@ class MaskPass(Pass, ABC):
     def check(self) -> None:
         super().check()
         check_choice(self.name, "criterion", self.criterion, WEIGHT_CRITERIA)
-
-    def looks_at_data(self) -> bool:
-        return CRITERIA[self.criterion].data
 
     @abstractmethod
     def kept(self, weights: Sequence[Weight], scores: Mapping[Weight, Array], context: Context) -> Mapping[Weight, Array]:

@@ -83,9 +83,9 @@ def test_taylor_and_l1_beat_chance(ratio: float) -> None:
     """Without fine-tuning, by how far the logits are from the dense network's; on average over the seeds."""
     far: dict[str, list[float]] = {"l1": [], "taylor": [], "random": []}
     for seed in SEEDS:
-        images = digits(seed)[2]
+        images, model = digits(seed)[2], plain(seed)
         with torch.no_grad():
-            right = plain(seed)(images)
+            right = model(images)
         for criterion, figures in far.items():
             for draw in range(DRAWS if criterion == "random" else 1):
                 net = pruned(plain(seed), seed, f"prune-channels{{ratio={ratio}, criterion='{criterion}', seed={draw}}}")

@@ -28,7 +28,7 @@ demo: $(VENV)/dev  ## train a small CNN, compile it, show what it costs and what
 	$(BIN)/python -m paring.bench.demo
 
 check: $(VENV)/dev lint types  ## the fast tier: neither torch nor TVM is imported; at most 60 s
-	$(BIN)/python -m pytest -m "fast and not slow" -n 2 -q --graphs 160
+	$(BIN)/python -m pytest -m "fast and not slow" -n 2 -q --graphs 96
 
 # Where the tools for it are lacking it says so, and the tests that need it skip.
 arm: $(VENV)/dev  ## the runtime of the emulated ARM device

@@ -41,6 +41,12 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
+def graphs(request: pytest.FixtureRequest) -> int:
+    """How many random graphs go through whole pipelines: tests that are not split into parts take a share of these."""
+    return int(request.config.getoption("--graphs"))
+
+
+@pytest.fixture
 def trials(request: pytest.FixtureRequest) -> int:
     """How many graphs each rule is tried on."""
     return max(60, int(request.config.getoption("--graphs")) // 100)

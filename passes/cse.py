@@ -9,6 +9,7 @@ from paring.ir.op import Op
 from paring.ir.ops.core import Const, Input
 from paring.passes.base import Pass
 from paring.passes.rewriter import Context
+from paring.passes.util import module_of
 
 
 @dataclass(frozen=True)
@@ -37,4 +38,4 @@ class Cse(Pass):
 
 def _owner(constant: Node) -> str:
     """The module whose parameter a constant may be."""
-    return f" {constant.loc.module}" if constant.loc and constant.type.is_float else ""
+    return f" {module_of(constant)}" if constant.type.is_float else ""

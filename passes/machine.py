@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from paring.ir.graph import Graph, Node
 from paring.ir.ops import attention, conv, linear
 from paring.ir.ops.core import Const
+from paring.passes.util import module_of
 
 PRODUCTS = (conv.Conv2d, conv.ConvTranspose2d, linear.Linear, linear.Matmul, attention.ScaledDotProductAttention)
 
@@ -37,11 +38,6 @@ class Timing:
 
 
 Time = Callable[[Graph], Timing]
-
-
-def module_of(node: Node) -> str:
-    """The module that a node comes from; empty where that is not known."""
-    return node.loc.module if node.loc else ""
 
 
 def modelled(graph: Graph, machine: Machine) -> Timing:

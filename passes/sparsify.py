@@ -17,8 +17,8 @@ from paring.ir.ops.sparse import Lists
 from paring.passes.base import Pass
 from paring.passes.contract import Exact
 from paring.passes.pattern import Match, Rule, op
-from paring.passes.rewriter import Context, describe
-from paring.passes.util import const_value, constant, is_const
+from paring.passes.rewriter import Context
+from paring.passes.util import const_value, constant, is_const, layer_name
 
 FORMATS = ("auto", "vectors", "rows", "none")
 # A sparse layer has to be faster than the dense one by this factor, which is about what the model errs by.
@@ -213,4 +213,4 @@ def _note(node: Node) -> str:
     cut = node.op.lists_of(node.inputs[0].type)
     stored = node.inputs[1].type.shape[0] / (cut.blocks * cut.inputs * cut.taps)
     how = "single weights" if cut.block == 1 else f"vectors of {cut.block}"
-    return f"{node.loc.module if node.loc and node.loc.module else describe(node)}: {how}, {stored:.1%} of them stored"
+    return f"{layer_name(node)}: {how}, {stored:.1%} of them stored"

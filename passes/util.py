@@ -92,6 +92,11 @@ def channel_values(node: Node, channels: int, axis: int, rank: int) -> Array | N
     return value.reshape(channels)
 
 
+def module_of(node: Node) -> str:
+    """The path of the module that a node comes from; empty where that is not known."""
+    return node.loc.module if node.loc else ""
+
+
 def layer_name(layer: Node) -> str:
     """The path of its module, or what it is."""
-    return (layer.loc.module if layer.loc else "") or f"{layer.op.name} {layer.type}"
+    return module_of(layer) or f"{layer.op.name} {layer.type}"

@@ -18,7 +18,8 @@ from torch import nn
 import paring
 from paring.bench.demo import digits, distil, train
 from paring.ir import Graph
-from paring.passes.machine import Timing, module_of
+from paring.passes.machine import Timing
+from paring.passes.util import module_of
 from paring.timing import HostTime
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -22,11 +22,11 @@ from paring.passes.compress.channels.prune_channels import PruneChannels, ranked
 from paring.passes.compress.channels.prune_search import PruneSearch
 from paring.passes.compress.channels.sensitivity import Curve
 from paring.passes.ledger import NETWORK, Ledger, measure
-from paring.passes.machine import Machine, Timing, modelled, module_of, staircase
+from paring.passes.machine import Machine, Timing, modelled, staircase
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pipelines import parse_pipeline
 from paring.passes.rewriter import Context
-from paring.passes.util import const_value, constant, with_operands
+from paring.passes.util import const_value, constant, module_of, with_operands
 from paring.testing import random_inputs
 
 pytestmark = pytest.mark.fast

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, unflatten
+from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, unflatten
 from paring.backends.schedules.dot import dot_for, dot_of
 from paring.backends.schedules.tiles import (
     CHAINS,
@@ -22,11 +22,13 @@ from paring.backends.schedules.tiles import (
     dispatch,
     duration,
     finish,
+    narrowed,
     only_anchor,
     overlaps,
     runs,
     tile_count,
     tile_height,
+    widened,
 )
 from paring.backends.targets import Target
 from paring.ir import layout as lay
@@ -176,12 +178,7 @@ class _Tile:
         if len(self.anchor.inputs) < 3:
             return None
         bias = k.value(self.anchor.inputs[2], (Lanes(self._column(j), width),))
-        if width == lanes:
-            return bias
-        whole = k.local(lanes, self.dot.dtype)
-        k.store(whole, Lanes(0, lanes), constant(0, self.dot.dtype, lanes))
-        k.store(whole, Lanes(0, width), bias)
-        return k.load(whole, Lanes(0, lanes))
+        return widened(k, bias, width, lanes, self.dot.dtype)
 
     def _reduce(self) -> None:
         """Add the products along the whole depth, `steps` at a time."""
@@ -244,9 +241,4 @@ class _Tile:
             total = total + self.sums.value(step * self.height + i, j)
         if self.dot.uniform:
             total = total - self.sums.value(self.excess, j)
-        if width == lanes:
-            return total
-        # A copy of its own: reading parts of the accumulator would keep it in memory all along the reduction.
-        whole = k.local(lanes, self.dot.dtype)
-        k.store(whole, Lanes(0, lanes), total)
-        return k.load(whole, Lanes(0 if self.shape.packed else lanes - width, width))
+        return narrowed(k, total, Lanes(0 if self.shape.packed else lanes - width, width), lanes, self.dot.dtype)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, constant, unflatten
+from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, unflatten
 from paring.backends.schedules.conv import Shape
-from paring.backends.schedules.tiles import only_anchor
+from paring.backends.schedules.tiles import narrowed, only_anchor, widened
 from paring.backends.targets import Target
 from paring.ir import layout as lay
 from paring.ir.graph import Graph, Node
@@ -85,19 +85,8 @@ class Results:
         if len(self.anchor.inputs) < 5:
             return None
         value = k.value(self.anchor.inputs[4], (Lanes(block * lanes, width),))
-        if width == lanes:
-            return value
-        whole = k.local(lanes, "float32")
-        k.store(whole, Lanes(0, lanes), constant(0, "float32", lanes))
-        k.store(whole, Lanes(0, width), value)
-        return k.load(whole, Lanes(0, lanes))
+        return widened(k, value, width, lanes, "float32")
 
     def stored(self, total: Value, used: int) -> Value:
         """The lanes of a sum that are stored."""
-        k, lanes, width = self.kernel, self.shape.block, self.width(used)
-        if width == lanes:
-            return total
-        # A copy of its own: reading parts of an accumulator would keep it in memory all along the reduction.
-        whole = k.local(lanes, "float32")
-        k.store(whole, Lanes(0, lanes), total)
-        return k.load(whole, Lanes(0, width))
+        return narrowed(self.kernel, total, Lanes(0, self.width(used)), self.shape.block, "float32")

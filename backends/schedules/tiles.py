@@ -134,6 +134,28 @@ def _finish_loop(kernel: Kernel, anchor: Node, block: Block, j: int, rows: range
         _finish_one(kernel, anchor, block.index(position + rows.start, j), kernel.load(memory, Lanes(position * width, width)))
 
 
+def widened(kernel: Kernel, value: Value, width: int, lanes: int, dtype: str) -> Value:
+    """A vector of `width` lanes in one of `lanes`, zeros behind it."""
+    if width == lanes:
+        return value
+    whole = kernel.local(lanes, dtype)
+    kernel.store(whole, Lanes(0, lanes), constant(0, dtype, lanes))
+    kernel.store(whole, Lanes(0, width), value)
+    return kernel.load(whole, Lanes(0, lanes))
+
+
+def narrowed(kernel: Kernel, value: Value, lanes: Lanes, whole: int, dtype: str) -> Value:
+    """Some neighbouring lanes of a vector that has `whole`, by way of a copy.
+
+    Reading parts of an accumulator would keep it in memory all along the reduction.
+    """
+    if lanes.count == whole:
+        return value
+    copy = kernel.local(whole, dtype)
+    kernel.store(copy, Lanes(0, whole), value)
+    return kernel.load(copy, lanes)
+
+
 # TVM takes buffers of 1 KiB and more from the heap.
 STACK_BYTES = 1023
 

@@ -10,7 +10,7 @@ from paring.ir.graph import Graph, Node
 from paring.ir.op import Array
 from paring.ir.ops import pool, quantized, reduce, shape, unary
 from paring.ir.ops.core import Const
-from paring.passes.util import is_const, is_plain
+from paring.passes.util import is_const, is_plain, module_of
 
 
 class Names:
@@ -21,7 +21,7 @@ class Names:
         self.used: set[str] = set()
 
     def has(self, node: Node) -> bool:
-        path = node.loc.module if node.loc else ""
+        path = module_of(node)
         hits = [p for p in self.patterns if path == p or path.startswith(f"{p}.") or fnmatch.fnmatchcase(path, p)]
         self.used.update(hits)
         return bool(hits)

@@ -34,6 +34,11 @@ class Group:
     channels: Mapping[Node, Array]
 
     @property
+    def layer(self) -> Node:
+        """The first of its layers."""
+        return next(iter(self.channels))
+
+    @property
     def size(self) -> int:
         return sum(map(len, self.channels.values()))
 

@@ -28,7 +28,7 @@ class Family:
 
     @property
     def name(self) -> str:
-        return layer_name(next(iter(self.groups[0].channels)))
+        return layer_name(self.groups[0].layer)
 
     @cached_property
     def layers(self) -> tuple[Node, ...]:
@@ -83,7 +83,7 @@ class Families:
             if whole <= gone.keys():
                 spared = gone.pop(max(whole, key=lambda number: (self.rank[number], number)))
                 if context:
-                    context.notes.append(f"one channel stays of {layer_name(next(iter(spared.channels)))}")
+                    context.notes.append(f"one channel stays of {layer_name(spared.layer)}")
         return list(gone.values())
 
     def graph(self, keep: Sequence[int]) -> Graph:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from paring.ir.graph import Graph, Node
 from paring.passes.compress.channels.families import Families, Family
 from paring.passes.ledger import NETWORK, SHOWN_LAYERS
-from paring.passes.machine import Time, Timing, modelled, module_of
+from paring.passes.machine import Time, Timing, modelled
 from paring.passes.rewriter import Context
+from paring.passes.util import module_of
 
 # A layer counts as slower by more than this share of its time, and of that of the network: less is chance.
 SLOWER = 0.1
@@ -47,7 +48,6 @@ def keep_what_pays(families: Families, keep: Sequence[int], context: Context) ->
         now = time(families.graph(found))
     if now.seconds > before.seconds:
         # A second look, so that chance does not undo everything.
-        before = min(before, time(dense), key=lambda timing: timing.seconds)
         now = min(now, time(families.graph(found)), key=lambda timing: timing.seconds)
     if now.seconds > before.seconds * (1 + SLOWER_NETWORK):
         said = f"{now.seconds * 1e3:.3f} ms pruned, {before.seconds * 1e3:.3f} ms before"

@@ -71,7 +71,8 @@ class PruneChannels(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         families = ranked(self, graph, context)
         decline_stays(self.name, families.channels, context)
-        return removed(self, families, self._keep(families, context), context)
+        keep = paying(self, families, self._keep(families, context), context)
+        return removed(self, families, keep, context)
 
     def _keep(self, families: Families, context: Context) -> list[int]:
         """How many groups stay of each family."""
@@ -129,12 +130,16 @@ def decline_stays(who: str, channels: Channels, context: Context) -> None:
         context.decline(who, stay.layer, f"{stay.count} of {width} channels stay: {stay.reason}")
 
 
-def removed(choosing: Choosing, families: Families, keep: Sequence[int], context: Context) -> Graph:
-    """The graph in which so many groups stay of each family, or as many more as pay; one unit of fuel for each that goes."""
+def paying(choosing: Choosing, families: Families, keep: Sequence[int], context: Context) -> Sequence[int]:
+    """How many groups stay of each family: so many, or as many more as pay where that is measured."""
     measured = context.time is not None if choosing.measure is None else choosing.measure
-    keep = keep_what_pays(families, keep, context) if measured else keep
+    return keep_what_pays(families, keep, context) if measured else keep
+
+
+def removed(choosing: Choosing, families: Families, keep: Sequence[int], context: Context) -> Graph:
+    """The graph in which so many groups stay of each family; one unit of fuel for each that goes."""
     wanted = families.chosen(keep, context)
-    groups = [group for group in wanted if context.spend(choosing.name, next(iter(group.channels)))]
+    groups = [group for group in wanted if context.spend(choosing.name, group.layer)]
     context.notes.append(_summary(families.channels, groups))
     return without(families.channels, groups) if groups else families.channels.flow.graph
 

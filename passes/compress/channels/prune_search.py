@@ -16,7 +16,7 @@ from paring.passes.compress.channels.channel_rules import channels_of
 from paring.passes.compress.channels.costs import KINDS, Costs
 from paring.passes.compress.channels.families import Families
 from paring.passes.compress.channels.paying import timer
-from paring.passes.compress.channels.prune_channels import decline_stays, ranked, removed
+from paring.passes.compress.channels.prune_channels import decline_stays, paying, ranked, removed
 from paring.passes.compress.channels.sensitivity import Curve, Judge, scan, table
 from paring.passes.compress.criteria import CHANNEL_CRITERIA, SLACK, check_choice
 from paring.passes.contract import Lossy
@@ -98,12 +98,12 @@ class PruneSearch(Pass):
         keep = spent.first_within(path)
         if self.method == METHODS[1] and keep != path[0]:
             keep = Evolution(self, families, judge, spent, context).best(keep)
-        after = removed(self, families, keep, context)
-        left = spent.share_of(after)
+        keep = tuple(paying(self, families, keep, context))
+        left = spent.share(keep)
         context.notes.append(f"{self.kind}: {left:.1%} of the dense network's are left ({spent.how})")
         if left > self.budget + SLACK:
             context.notes.append(f"over the budget of {self.budget:.1%}: what was undone would have been slower")
-        return after
+        return removed(self, families, keep, context)
 
 
 class Spent:
@@ -118,11 +118,8 @@ class Spent:
 
     def share(self, keep: Keep) -> float:
         if keep not in self._known:
-            self._known[keep] = self.share_of(self.families.graph(keep))
+            self._known[keep] = self._cost(self.families.graph(keep)) / max(self.dense, 1e-30)
         return self._known[keep]
-
-    def share_of(self, graph: Graph) -> float:
-        return self._cost(graph) / max(self.dense, 1e-30)
 
     def first_within(self, path: Sequence[Keep]) -> Keep:
         """The first of ever smaller networks that is within the budget, by bisection. Raises ArgumentError where none is."""

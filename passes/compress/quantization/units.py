@@ -15,7 +15,7 @@ from paring.ir.ops.attention import ScaledDotProductAttention
 from paring.passes.compress.layers import Names
 from paring.passes.compress.quantization.attention import fits, on_integers, quantize
 from paring.passes.compress.quantization.observers import Affine
-from paring.passes.util import const_value, is_const, is_plain
+from paring.passes.util import const_value, is_const, is_plain, module_of
 
 LAYERS: tuple[type[Op], ...] = (conv.Conv2d, linear.Linear)
 PRODUCTS: tuple[type[Op], ...] = (*LAYERS, linear.Matmul)
@@ -163,7 +163,7 @@ def _named(chains: Sequence[Sequence[Node]]) -> list[Unit]:
     units = []
     for chain in chains:
         anchor = chain[0]
-        module = anchor.loc.module if anchor.loc else ""
+        module = module_of(anchor)
         name = module if module and isinstance(anchor.op, LAYERS) else f"{module} ({anchor.op.name})".strip()
         seen[name] += 1
         units.append(Unit(name if seen[name] == 1 else f"{name} #{seen[name]}", tuple(chain)))

@@ -63,7 +63,7 @@ class Target:
     def pipeline_options(self) -> dict[str, object]:
         """What the target's pipeline may name in braces."""
         return {
-            **{"block": self.block, "group": self.group, "span": self.span},
+            **{"block": self.block, "group": self.group, "span": self.span, "pixels": PIXELS},
             **{"start": self.list_start, "gather": self.gather},
         }
 

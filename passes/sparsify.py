@@ -25,8 +25,8 @@ FORMATS = ("auto", "vectors", "rows", "none")
 MARGIN = 1.12
 # Weights of which more are not zero cannot be: they are not looked at more closely.
 MOST_STORED = 1 / MARGIN
-# Of a register tile of the kernels: columns that share a stored vector; pixels that share a stored weight.
-COLUMNS, PIXELS = 14, 64
+# Of a register tile of the kernels: columns that share a stored vector.
+COLUMNS = 14
 # Measured on Zen 4: loads beside those of the pixels, and what lists of a few dozen entries cost in branches.
 ENTRY = 1.15
 
@@ -59,14 +59,16 @@ class Sparsify(Pass):
     """Convolutions and linear layers with zeros in their constant weights become sparse ones, where these are faster.
 
     `block` is the width of a stored vector, `span` the number of input channels in a list of single weights (what stays in the
-    first cache). `start` and `gather` are costs of the target, in multiply-adds of a vector: to start a list, and to gather a
-    vector of pixels. `format`: the fastest by these (auto), or vectors or rows wherever there are zeros, or none.
+    first cache), `pixels` the tile of those that share a stored weight. `start` and `gather` are costs of the target, in
+    multiply-adds of a vector: to start a list, and to gather a vector of pixels. `format`: the fastest by these (auto), or
+    vectors or rows wherever there are zeros, or none.
     """
 
     name = "sparsify"
     contract = Exact(finite=True)
     block: int = 16
     span: int = 128
+    pixels: int = 64
     start: float = 14.0
     gather: float = 10.0
     format: str = "auto"
@@ -190,7 +192,7 @@ class Sparsify(Pass):
         cut = Lists(o, i, taps, 1, self._balanced(i))
         entries = int(np.count_nonzero(layer.weight))
         vectors = ceil(layer.pixels / self.block)
-        width = vectors / max(1, ceil(vectors * self.block / PIXELS))
+        width = vectors / max(1, ceil(vectors * self.block / self.pixels))
         own = entries * (1 + 1 / max(width, 1)) * ENTRY + self.gather * (i * taps + o) + cut.count * self.start / max(width, 1)
         return _Choice("rows", cut, layer.images * vectors * own)
 

@@ -33,12 +33,17 @@ ENTRY = 1.15
 
 @dataclass(frozen=True)
 class _Layer:
-    """A dense layer as the model of costs sees it: `pixels` of each image, and its weight (O, I, ...) without padding."""
+    """A dense layer as the model of costs sees it: `pixels` of each image, and its weight (O, I, ...) without padding.
+
+    `group`: input channels that one instruction multiplies, 1 for floats. `single`: whether single weights have kernels, which is
+    so for floats where x is read in blocks of channels as wide as those of the result.
+    """
 
     images: int
     pixels: int
     weight: Array
-    whole_blocks: bool  # x is read in blocks of channels as wide as those of the result
+    group: int
+    single: bool
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -58,16 +63,17 @@ class _Choice:
 class Sparsify(Pass):
     """Convolutions and linear layers with zeros in their constant weights become sparse ones, where these are faster.
 
-    `block` is the width of a stored vector, `span` the number of input channels in a list of single weights (what stays in the
-    first cache), `pixels` the tile of those that share a stored weight. `start` and `gather` are costs of the target, in
-    multiply-adds of a vector: to start a list, and to gather a vector of pixels. `format`: the fastest by these (auto), or
-    vectors or rows wherever there are zeros, or none.
+    `block` is the width of a stored vector, of 8-bit integers by `group` input channels (1: they stay dense); `span` the number
+    of input channels in a list of single weights (what stays in the first cache), `pixels` the tile of those that share a stored
+    weight. `start` and `gather` are costs of the target, in multiply-adds of a vector: to start a list, and to gather a vector of
+    pixels. `format`: the fastest by these (auto), or vectors or rows wherever there are zeros, or none.
     """
 
     name = "sparsify"
     contract = Exact(finite=True)
     block: int = 16
     span: int = 128
+    group: int = 1
     pixels: int = 64
     start: float = 14.0
     gather: float = 10.0
@@ -77,6 +83,10 @@ class Sparsify(Pass):
         super().check()
         if self.format not in FORMATS:
             raise ArgumentError(f"pass sparsify: format {self.format!r}", hint=f"one of {', '.join(FORMATS)}")
+        if self.group < 1:
+            raise ArgumentError(
+                f"pass sparsify: group {self.group} is not positive", hint="1 where the target has no products of bytes"
+            )
         if min(self.block, self.span) < 1 or self.span % self.block:
             what = f"pass sparsify: spans of {self.span} channels are no whole blocks of {self.block}"
             raise ArgumentError(what, hint="like sparsify{block=16, span=128}")
@@ -109,10 +119,11 @@ class Sparsify(Pass):
     def _conv2d(self, m: Match) -> Node | None:
         layer, packed = m.root.op, m.root.inputs[1]
         assert isinstance(layer, conv.Conv2d)
-        if packed.type.dtype != "float32":
-            return m.decline("only float32 has sparse kernels")
+        group = self._group(m)
+        if group is None:
+            return None
         blocks, b = lay.weight_blocks(layer.weight_layout), lay.channel_block(layer.out_layout)
-        if blocks is None or b != self.block or blocks != (lay.channel_block(layer.layout) or 1, b):
+        if blocks is None or b != self.block or blocks != (lay.channel_block(layer.layout) or 1, b) or blocks[0] % group:
             return m.decline(f"it does not run in blocks of {self.block} channels")
         if layer.groups > 1:
             return m.decline("its channels are in groups")
@@ -121,30 +132,44 @@ class Sparsify(Pass):
             return m.decline(reason)
         weight = lay.unblock_conv_weight(const_value(packed))[:o, :i]
         n, _, h, w, _ = m.root.type.shape
-        choice = self._choose(m, _Layer(n, h * w, weight, blocks[0] == b))
+        choice = self._choose(m, _Layer(n, h * w, weight, group, group == 1 and blocks[0] == b))
         if choice is None:
             return None
         kernel, cut = (weight.shape[2], weight.shape[3]), choice.cut
         window = (layer.stride, layer.padding, layer.dilation, layer.layout, layer.out_layout)
-        return self._sparse(m, sparse.SparseConv2d(o, i, kernel, cut.block, cut.span, *window), cut, weight)
+        thinned = sparse.SparseConv2d(o, i, kernel, cut.block, cut.span, *window, cut.group, layer.pad_value)
+        return self._sparse(m, thinned, cut, weight)
 
     def _linear(self, m: Match) -> Node | None:
         layer, (x, packed, *_) = m.root.op, m.root.inputs
         assert isinstance(layer, linear.Linear)
-        if packed.type.dtype != "float32":
-            return m.decline("only float32 has sparse kernels")
+        group = self._group(m)
+        if group is None:
+            return None
         if lay.linear_block(layer.weight_layout) != self.block:
             return m.decline(f"its weight is not packed in blocks of {self.block} outputs")
         o, i = m.root.type.shape[-1], x.type.shape[-1]
+        if i % group:
+            return m.decline(f"its {i} inputs are no whole groups of {group}")
         if (reason := self._too_dense(packed, o * i)) is not None:
             return m.decline(reason)
         weight = lay.unblock_linear_weight(const_value(packed))[:o, :i]
-        choice = self._choose(m, _Layer(1, prod(x.type.shape[:-1]), weight, i >= self.block))
-        return (
-            None
-            if choice is None
-            else self._sparse(m, sparse.SparseLinear(o, choice.cut.block, choice.cut.span), choice.cut, weight)
-        )
+        choice = self._choose(m, _Layer(1, prod(x.type.shape[:-1]), weight, group, group == 1 and i >= self.block))
+        if choice is None:
+            return None
+        cut = choice.cut
+        return self._sparse(m, sparse.SparseLinear(o, cut.block, cut.span, cut.group), cut, weight)
+
+    def _group(self, m: Match) -> int | None:
+        """How many input channels one instruction multiplies; where the layer has no sparse kernels, the match knows why."""
+        dtype = m.root.inputs[1].type.dtype
+        if dtype == "int8" and self.group > 1:
+            return self.group
+        if dtype != "float32":
+            bytes_ = dtype == "int8"
+            m.decline("the target has no products of bytes" if bytes_ else f"{dtype} has no sparse kernels")
+            return None
+        return 1
 
     def _sparse(self, m: Match, layer: Op, cut: Lists, weight: Array) -> Node:
         loc = m.root.inputs[1].loc
@@ -163,24 +188,25 @@ class Sparsify(Pass):
         o, i, taps = layer.shape
         # A dense layer loads a vector of weights beside the multiply-adds of a tile of columns, as one with stored vectors does.
         columns = max(1, min(COLUMNS, layer.pixels))
-        dense = layer.images * layer.pixels * ceil(o / self.block) * i * taps * (1 + 1 / columns)
-        found = [self._vectors(layer)] + ([self._rows(layer)] if layer.whole_blocks else [])
+        dense = layer.images * layer.pixels * ceil(o / self.block) * ceil(i / layer.group) * taps * (1 + 1 / columns)
+        found = [self._vectors(layer)] + ([self._rows(layer)] if layer.single else [])
         if self.format != "auto":
             forced = [choice for choice in found if choice.name == self.format]
             if not forced:
-                m.decline("it does not read whole blocks of channels")
+                m.decline("single weights are for floats that are read in whole blocks of channels")
             return forced[0] if forced else None
         best = min(found, key=lambda choice: choice.cost)
         if best.cost * MARGIN <= dense:
             return best
         shown = " and ".join(f"{choice.cost / max(dense, 1):.2f} times in {choice.name}" for choice in found)
-        m.decline(f"it would take {shown} what it takes dense")
+        bytes_ = f": 8-bit integers are stored in entries of {self.block}x{layer.group} weights" if layer.group > 1 else ""
+        m.decline(f"it would take {shown} what it takes dense{bytes_}")
         return None
 
     def _vectors(self, layer: _Layer) -> _Choice:
-        """Vectors of `block` output channels: each entry is one load beside the multiply-adds of a tile of columns."""
+        """Vectors of `block` output channels x a group: each entry is one load beside the multiply-adds of a tile of columns."""
         o, i, taps = layer.shape
-        cut = Lists(o, i, taps, self.block, i)
+        cut = Lists(o, i, taps, self.block, i, layer.group)
         entries = int(np.count_nonzero(cut.occupied(layer.weight)))
         pixels = layer.images * layer.pixels
         columns = max(1, min(COLUMNS, layer.pixels))
@@ -213,6 +239,7 @@ def _note(node: Node) -> str:
     """A line for the ledger: which layer is stored how."""
     assert isinstance(node.op, SPARSE)
     cut = node.op.lists_of(node.inputs[0].type)
-    stored = node.inputs[1].type.shape[0] / (cut.blocks * cut.inputs * cut.taps)
-    how = "single weights" if cut.block == 1 else f"vectors of {cut.block}"
+    stored = node.inputs[1].type.shape[0] / cut.most
+    vectors = f"vectors of {cut.block}" if cut.group == 1 else f"8-bit blocks of {cut.block}x{cut.group}"
+    how = "single weights" if cut.block == 1 else vectors
     return f"{layer_name(node)}: {how}, {stored:.1%} of them stored"

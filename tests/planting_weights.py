@@ -14,8 +14,10 @@ from paring.passes.pattern import Rule
 from paring.passes.util import const_value
 from paring.testing import Plant
 
-BLOCK = 4
-ROWS, VECTORS = (sparsify.Sparsify(BLOCK, BLOCK, format=name) for name in ("rows", "vectors"))
+BLOCK, GROUP = 4, 2
+# How often a layer is on 8 bits.
+ON_BYTES = 0.3
+ROWS, VECTORS = (sparsify.Sparsify(BLOCK, BLOCK, GROUP, format=name) for name in ("rows", "vectors"))
 
 RULES: dict[str, tuple[Rule, ...]] = {
     f"prepack{{block={BLOCK}}}": tuple(prepack.Prepack(BLOCK).rules()),
@@ -64,30 +66,48 @@ def thin(b: Builder, *dims: int) -> Array:
     by_input = np.broadcast_to((b.rng.random(inputs) < 0.5).reshape(1, inputs, *(1,) * (len(dims) - 2)), dims)
     by_output = np.broadcast_to((b.rng.random(out) < 0.5).reshape(out, *(1,) * (len(dims) - 1)), dims)
     blocks = np.repeat(b.rng.random((-(-out // BLOCK), *dims[1:])) < 0.5, BLOCK, 0)[:out]
-    masks = (scattered, by_input, by_output, blocks, scattered & blocks, np.zeros(dims, bool))
-    return const_value(b.weights(*dims)) * masks[b.choose(0, 0, 1, 2, 3, 4, 4, 5)].astype("float32")
+    by_group = np.repeat(blocks[:, ::GROUP], GROUP, 1)[:, :inputs]
+    masks = (scattered, by_input, by_output, blocks, scattered & blocks, np.zeros(dims, bool), by_group)
+    return const_value(b.weights(*dims)) * masks[b.choose(0, 0, 1, 2, 3, 4, 4, 5, 6)].astype("float32")
 
 
 def thin_conv2d(b: Builder) -> Node:
-    """Whole blocks of channels and such that are partly padding, of a blocked image; strides, borders, dilation."""
+    """Whole blocks of channels and such that are partly padding, of a blocked image; strides, borders, dilation; bytes."""
     out, inputs, kernel, batch = b.choose(4, 6, 8), b.choose(3, 4, 8, 9), b.choose(1, 1, 2, 3), b.choose(1, 1, 2)
+    dtype, sums = dtypes(b)
+    inputs += inputs % GROUP if sums == "int32" else 0
     blocks = -(-inputs // BLOCK)
-    x = b.input(batch, blocks, b.choose(5, 6), b.choose(5, 7), BLOCK)
-    layout = f"OIHW{BLOCK}i{BLOCK}o"
-    weight = b.const(np.ascontiguousarray(lay.block_conv_weight(thin(b, out, inputs, kernel, kernel), layout)))
+    x = b.input(batch, blocks, b.choose(5, 6), b.choose(5, 7), BLOCK, dtype=dtype)
+    layout = f"OIHW{BLOCK // GROUP}i{BLOCK}o{GROUP}i" if sums == "int32" else f"OIHW{BLOCK}i{BLOCK}o"
+    weight = packed(b, lay.block_conv_weight(thin(b, out, inputs, kernel, kernel), layout), sums)
     pads, step = ((kernel // 2, 0), (0, kernel // 2)), b.choose(1, 1, 2)
     image = f"NCHW{BLOCK}c"
     partial = (inputs if inputs % BLOCK else 0, out if out % BLOCK else 0)
-    op = conv.Conv2d((step, 1), pads, (1, b.choose(1, 2)), 1, image, image, layout, *partial)
-    bias = np.pad(const_value(b.weights(out)), (0, -out % BLOCK))
+    fill = b.choose(0, 3) if sums == "int32" else 0
+    op = conv.Conv2d((step, 1), pads, (1, b.choose(1, 2)), 1, image, image, layout, *partial, pad_value=fill)
+    bias = np.pad(const_value(b.weights(out)), (0, -out % BLOCK)).astype(sums)
     return b.node(op, x, weight, *([b.const(bias)] if b.chance(0.7) else []))
 
 
 def thin_linear(b: Builder) -> Node:
     out, inputs = b.choose(3, 4, 6, 8), b.choose(4, 5, 8, 10)
-    x = b.input(*((3, inputs), (2, 5, inputs), (inputs,))[b.choose(0, 0, 1, 2)])
-    weight = b.const(np.ascontiguousarray(lay.block_linear_weight(thin(b, out, inputs), f"OI{BLOCK}o")))
-    return b.node(linear.Linear(f"OI{BLOCK}o", out), x, weight, *([b.weights(out)] if b.chance(0.7) else []))
+    dtype, sums = dtypes(b)
+    x = b.input(*((3, inputs), (2, 5, inputs), (inputs,))[b.choose(0, 0, 1, 2)], dtype=dtype)
+    layout = f"OI{BLOCK}o{GROUP}i" if sums == "int32" else f"OI{BLOCK}o"
+    weight = packed(b, lay.block_linear_weight(thin(b, out, inputs), layout), sums)
+    bias = [b.const(const_value(b.weights(out)).astype(sums))] if b.chance(0.7) else []
+    return b.node(linear.Linear(layout, out), x, weight, *bias)
+
+
+def dtypes(b: Builder) -> tuple[str, str]:
+    """Of what a layer reads, and of its sums."""
+    return (("uint8", "int8")[b.choose(0, 1)], "int32") if b.chance(ON_BYTES) else ("float32", "float32")
+
+
+def packed(b: Builder, weight: Array, sums: str) -> Node:
+    """A packed weight as a constant; the weights of bytes are signed ones (small integers, whatever the lane)."""
+    integers = np.clip(np.rint(weight * 4), -8, 8).astype("int8") if sums == "int32" else weight
+    return b.const(np.ascontiguousarray(integers))
 
 
 PLANTERS: dict[str, tuple[Plant, ...]] = {

@@ -12,13 +12,13 @@ from paring.ir.types import TensorType
 def spread(cut: Lists, entries: int) -> tuple[Array, Array]:
     """Places and starts of that many entries, shared out over the lists as evenly as their lengths allow."""
     first = np.arange(cut.count) // cut.blocks % cut.spans * cut.span
-    room = np.minimum(cut.span, cut.inputs - first)
+    room = -(-np.minimum(cut.span, cut.inputs - first) // cut.group)
     assert entries <= room.sum()
     lengths = np.zeros(cut.count, np.int64)
     while lengths.sum() < entries:
         open_ = np.flatnonzero(lengths < room)
         lengths[open_[: entries - lengths.sum()]] += 1
-    places = np.concatenate([np.arange(low, low + length) for low, length in zip(first, lengths, strict=True)])
+    places = np.concatenate([low + cut.group * np.arange(length) for low, length in zip(first, lengths, strict=True)])
     return places.astype("int32"), np.append(0, lengths.cumsum()).astype("int32")
 
 

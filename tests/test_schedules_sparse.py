@@ -1,4 +1,4 @@
-"""Kernels of sparse layers against the reference: on small integers every sum is exact, so results agree bit for bit."""
+"""Kernels of sparse layers against the reference: on small integers, and on bytes, sums are exact: results agree bit for bit."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from paring.backends import emulator_build
 from paring.backends.families import choose, lower_region
 from paring.backends.kernel import tvm_target
 from paring.backends.targets import TARGETS, Target, missing_flags
-from paring.ir import Const, Graph, Input, Node, interpret
+from paring.ir import Const, Graph, Input, Node, interpret, show
 from paring.ir.op import Array
 from paring.ir.ops.binary import Add
+from paring.ir.ops.quantized import Lookup, Requantize
+from paring.ir.ops.shape import Broadcast
 from paring.ir.ops.sparse import Lists, SparseConv2d, SparseLinear
 from paring.ir.ops.unary import Floor, Relu
+from paring.ir.types import TensorType
 
 X86 = ("x86-avx512", "x86-avx2")
+WITH_BYTES = [name for name, target in TARGETS.items() if target.arch == "x86_64"]
 Case = tuple[Graph, list[Array]]
 
 
@@ -50,6 +54,42 @@ def case(op: SparseConv2d | SparseLinear, x: tuple[int, ...], density: float = 0
         y = Node(Add(), (y, given[-1]))
     last = {"relu": Relu(), "add": Relu(), "floor": Floor()}[epilogue]
     return Graph(tuple(given), (Node(last, (y,)),)), arrays
+
+
+def byte_case(op: SparseConv2d | SparseLinear, x: tuple[int, ...], dtype: str, density: float = 0.4, epilogue: str = "") -> Case:
+    """The same on 8 bits, any values, many the least or the greatest; with `add` a residual, with `look-up` a table."""
+    rng = np.random.default_rng((len(x), op.block, int(density * 100)))
+    node, cut = Node(Input("x", dtype, x)), op.lists_of(TensorType(dtype, x))
+    mask = rng.random((cut.blocks, -(-cut.inputs // cut.group), cut.taps)) < density
+    mask = np.repeat(np.repeat(mask, cut.block, 0), cut.group, 1)[: cut.outputs, : cut.inputs]
+    arrays = [extremes(rng, dtype, x), *cut.pack(extremes(rng, "int8", mask.shape) * mask)]
+    arrays = [np.ascontiguousarray(array) for array in arrays]
+    given = [node, *(Node(Input(f"a{i}", str(a.dtype), a.shape)) for i, a in enumerate(arrays[1:]))]
+
+    def operand(array: Array) -> Node:
+        arrays.append(array)
+        given.append(Node(Input(f"b{len(given)}", str(array.dtype), array.shape)))
+        return given[-1]
+
+    sums = Node(op, given).type.shape
+    channels = (1, sums[1], 1, 1, sums[4]) if len(sums) == 5 else sums[-1:]
+    bias = rng.integers(-3000, 3000, channels).ravel()
+    bias[cut.outputs :] = 0
+    y = Node(op, (*given, operand(bias.astype("int32"))))
+    if epilogue:
+        scale = (rng.uniform(0.5, 1.0, channels) * 4e-3 / max(1.0, mask[0].sum()) ** 0.5).astype("float32")
+        factors = [Node(Broadcast(sums), (operand(array),)) for array in (scale, np.full(channels, 99, "float32"))]
+        residual = [operand(extremes(rng, "int8", sums))] if epilogue == "add" else []
+        y = Node(Requantize(3, "uint8", residual_scale=0.25, residual_zero=-7), (y, *factors, *residual))
+    if epilogue == "look-up":
+        y = Node(Lookup(), (y, operand(rng.integers(0, 256, 256).astype("uint8"))))
+    return Graph(tuple(given), (y,)), arrays
+
+
+def extremes(rng: np.random.Generator, dtype: str, size: tuple[int, ...]) -> Array:
+    info = np.iinfo(dtype)
+    any_ = rng.integers(info.min, info.max + 1, size)
+    return np.where(rng.random(size) < 0.33, rng.choice([info.min, info.max], size), any_).astype(dtype)
 
 
 def conv(b: int, block: int, channels: tuple[int, int], kernel: int, span: int = 0, **window: object) -> SparseConv2d:
@@ -94,6 +134,36 @@ def cases(b: int) -> list[tuple[str, Case]]:
     ]
 
 
+def byte_cases(b: int) -> list[tuple[str, Case]]:
+    """The same on 8 bits: each sign, padding that is zero and that is not, rows and columns all of padding, parts of sums."""
+    pad, wide, uneven = ((1, 1), (1, 1)), ((3, 1), (0, 4)), ((2, 0), (0, 1))
+
+    def bytes_(inputs: int, outputs: int, kernel: int, zero: int = 0, **window: object) -> SparseConv2d:
+        return conv(b, b, (inputs, outputs), kernel, group=4, pad_value=zero, **window)
+
+    vectors = [
+        byte_case(bytes_(2 * b, 2 * b, 1), image(b, 2 * b, 9, 7), "uint8", epilogue="add"),
+        byte_case(bytes_(2 * b, b + 5, 1), image(b, 2 * b, 9, 7), "int8", epilogue="look-up"),
+        byte_case(bytes_(b, 2 * b, 3, padding=pad), image(b, b, 5, 17, 2), "uint8", epilogue="scaled"),
+        byte_case(bytes_(2 * b - 4, b + 5, 3, 130, padding=pad), image(b, 2 * b, 6, 7, 2), "uint8"),
+        byte_case(bytes_(2 * b, b, 3, 9, padding=wide, stride=(1, 2)), image(b, 2 * b, 5, 4), "uint8"),
+        byte_case(bytes_(b, 2 * b, 3, padding=uneven, stride=(2, 2)), image(b, b, 8, 9), "int8"),
+        byte_case(bytes_(b, b, 3, -7, padding=wide, dilation=(2, 1)), image(b, b, 8, 3), "int8", epilogue="scaled"),
+        byte_case(bytes_(4, 2 * b, 3, 77, padding=pad, layout="NCHW4c"), (1, 1, 8, 9, 4), "uint8", 0.6),
+        byte_case(bytes_(2 * b, b, 3, padding=pad), image(b, 2 * b, 4, 5), "int8", 0.0),
+        byte_case(SparseLinear(2 * b + 3, b, 36, 4), (3, 11, 36), "uint8", epilogue="add"),
+        byte_case(SparseLinear(2 * b + 1, b, 64, 4), (20, 64), "int8", epilogue="scaled"),
+        byte_case(SparseLinear(3 * b, b, 64, 4), (1, 64), "int8"),
+        byte_case(SparseLinear(3 * b, b, 64, 4), (1, 64), "uint8", epilogue="look-up"),
+    ]
+    generic = [
+        byte_case(SparseLinear(b + 1, b, 10, 4), (5, 10), "uint8"),
+        byte_case(SparseLinear(b, 1, 8, 4), (5, 16), "int8"),
+        byte_case(conv(b, 1, (b, b), 3, padding=pad, pad_value=5), image(b, b, 3, 4), "uint8"),
+    ]
+    return [*(("sparse-vectors", each) for each in vectors), *(("elementwise", each) for each in generic)]
+
+
 def native(name: str) -> Target:
     missing = missing_flags(TARGETS[name])
     if missing:
@@ -104,7 +174,16 @@ def native(name: str) -> Target:
 @pytest.mark.parametrize("name", X86)
 def test_kernels_agree_with_the_reference(name: str) -> None:
     target = native(name)
-    found = cases(target.block)
+    check(target, cases(target.block))
+
+
+@pytest.mark.parametrize("name", WITH_BYTES)
+def test_kernels_on_bytes_agree_with_the_reference(name: str) -> None:
+    target = native(name)
+    check(target, byte_cases(target.block))
+
+
+def check(target: Target, found: list[tuple[str, Case]]) -> None:
     functions = {}
     for number, (family, (body, _)) in enumerate(found):
         assert choose(body, target)[0].name == family, f"case {number}"
@@ -113,21 +192,24 @@ def test_kernels_agree_with_the_reference(name: str) -> None:
     for number, (_, (body, arrays)) in enumerate(found):
         (expected,) = interpret(body, arrays)
         # Whatever is written outside of the result shows in the guard behind it.
-        result = tvm.runtime.tensor(np.full(expected.size + 64, 7.5, "float32"))
+        result = tvm.runtime.tensor(np.full(expected.size + 64, 77, expected.dtype))
         flat = [tvm.runtime.tensor(a.ravel() if a.size else np.zeros(1, a.dtype)) for a in arrays]
         library[f"k{number}"](*flat, result._create_view((expected.size,)))
         got = result.numpy()
-        assert (got[expected.size :] == 7.5).all(), f"case {number} wrote behind the result"
-        np.testing.assert_array_equal(got[: expected.size].reshape(expected.shape), expected, str(body.outputs[0].inputs[0].op))
+        assert (got[expected.size :] == 77).all(), f"case {number} wrote behind the result"
+        np.testing.assert_array_equal(got[: expected.size].reshape(expected.shape), expected, f"case {number}: {show(body)}")
 
 
 @pytest.mark.skipif(bool(emulator_build.missing()), reason=f"no emulated ARM: {', '.join(emulator_build.missing())}")
-def test_kernels_on_the_emulated_arm() -> None:
-    """All layers of one program, of constants; the blocks of this target are two vectors wide."""
-    found = [each for family, each in cases(TARGETS["arm"].block) if family != "elementwise"]
+@pytest.mark.parametrize("name", ["arm", "arm-neon"])
+def test_kernels_on_the_emulated_arm(name: str) -> None:
+    """All layers of one program, of constants; the blocks of these targets are two vectors wide."""
+    block = TARGETS[name].block
+    both = [*(cases(block) if name == "arm" else ()), *byte_cases(block)]
+    found = [each for family, each in both if family != "elementwise"]
     inputs, outputs, given, expected = [], [], [], []
     for body, arrays in found:
-        x = Node(Input("x", "float32", arrays[0].shape))
+        x = Node(Input("x", str(arrays[0].dtype), arrays[0].shape))
         new = {node: Node(Const(array)) for node, array in zip(body.inputs[1:], arrays[1:], strict=True)}
         new[body.inputs[0]] = x
         for node in body.nodes():
@@ -138,7 +220,7 @@ def test_kernels_on_the_emulated_arm() -> None:
         given.append(arrays[0])
         expected += interpret(body, arrays)
     graph = Graph(tuple(inputs), tuple(outputs))
-    with paring.compile(graph, target="arm", device="emulator", pipeline="fuse") as net:
+    with paring.compile(graph, target=name, device="emulator", pipeline="fuse") as net:
         for got, want in zip(net(*given), expected, strict=True):
             np.testing.assert_array_equal(got, want)
 
@@ -146,9 +228,10 @@ def test_kernels_on_the_emulated_arm() -> None:
 def test_every_place_counts() -> None:
     """What the kernels read is what the lists say: a weight is packed and unpacked without loss, whatever the cut."""
     rng = np.random.default_rng(0)
-    for outputs, inputs, taps, block, span in ((6, 5, 9, 4, 5), (7, 9, 1, 1, 4), (16, 32, 9, 16, 32), (33, 20, 2, 8, 7)):
-        weight = thinned(rng, 0.4, outputs, inputs, taps)
-        cut = Lists(outputs, inputs, taps, block, span)
+    whole = ((6, 5, 9, 4, 5), (7, 9, 1, 1, 4), (16, 32, 9, 16, 32), (33, 20, 2, 8, 7))
+    for sizes in (*whole, (6, 5, 9, 4, 5, 4), (16, 32, 9, 16, 32, 4), (33, 26, 2, 8, 12, 4), (3, 9, 1, 1, 4, 2)):
+        cut = Lists(*sizes)
+        weight = thinned(rng, 0.4 / cut.group, cut.outputs, cut.inputs, cut.taps)
         values, places, starts = cut.pack(weight)
         cut.check(places, starts)
         np.testing.assert_array_equal(cut.unpack(values, places, starts), weight)

@@ -48,12 +48,26 @@ def a_linear(mask: Array, rows: int = 64) -> Graph:
     return Graph((x,), (Node(linear.Linear(), (x, masked(mask))),))
 
 
+def on_bytes(mask: Array, size: int = 14) -> Graph:
+    """A convolution of 8-bit integers, or a linear layer on `size` rows."""
+    x = Node(Input("x", "uint8", (1, mask.shape[1], size, size) if mask.ndim == 4 else (size, mask.shape[1])))
+    weight = Node(Const((np.random.default_rng(1).integers(1, 128, mask.shape) * mask).astype("int8")))
+    pads = ((mask.shape[-1] // 2,) * 2,) * 2
+    op = conv.Conv2d(padding=pads, pad_value=9) if mask.ndim == 4 else linear.Linear()
+    return Graph((x,), (Node(op, (x, weight)),))
+
+
 def scattered(density: float, *shape: int) -> Array:
     return np.random.default_rng(0).random(shape) < density
 
 
 def in_blocks(density: float, *shape: int) -> Array:
     return np.repeat(scattered(density, shape[0] // 16, *shape[1:]), 16, 0)
+
+
+def by_fours(density: float, *shape: int) -> Array:
+    """Blocks of 16 outputs x 4 inputs."""
+    return np.repeat(in_blocks(density, shape[0], shape[1] // 4, *shape[2:]), 4, 1)
 
 
 def format_of(result: Result) -> str:
@@ -80,6 +94,14 @@ DECISIONS = {
     "too dense": (a_conv(scattered(0.9, 64, 64, 1, 1)), "dense"),
     "few channels": (a_conv(scattered(0.5, 16, 3, 3, 3)), "dense"),
     "all of it": (a_conv(np.ones((64, 64, 1, 1))), "dense"),
+    "bytes in blocks of four inputs 1x1": (on_bytes(by_fours(0.5, 256, 256, 1, 1)), "vectors"),
+    "bytes in blocks of four inputs 3x3": (on_bytes(by_fours(0.5, 64, 64, 3, 3)), "vectors"),
+    "bytes in blocks of four inputs linear": (on_bytes(by_fours(0.5, 256, 256), 64), "vectors"),
+    "bytes, one row": (on_bytes(by_fours(0.3, 256, 256), 1), "vectors"),
+    "bytes without anything": (on_bytes(np.zeros((64, 64, 3, 3))), "vectors"),
+    "bytes in blocks of one input": (on_bytes(in_blocks(0.5, 64, 64, 3, 3)), "dense"),
+    "bytes, unstructured": (on_bytes(scattered(0.1, 256, 256, 1, 1)), "dense"),
+    "bytes, few zeros": (on_bytes(by_fours(0.95, 64, 64, 1, 1)), "dense"),
 }
 
 
@@ -110,14 +132,30 @@ def test_why_not() -> None:
     x = Node(Input("x", "float32", (1, 32, 8, 8)))
     grouped = Node(conv.Conv2d(groups=2), (x, masked(scattered(0.1, 32, 16, 3, 3))))
     assert "its channels are in groups" in reasons(compiled(Graph((x,), (grouped,))))
-    bytes_ = Node(Input("x", "int8", (64, 32)))
-    integers = Node(linear.Linear(), (bytes_, Node(Const(np.zeros((32, 32), "int8")))))
-    assert "only float32 has sparse kernels" in reasons(compiled(Graph((bytes_,), (integers,))))
+    doubles = Node(Input("x", "float64", (64, 32)))
+    layer = Node(linear.Linear(), (doubles, Node(Const(np.zeros((32, 32), "float64")))))
+    assert "float64 has no sparse kernels" in reasons(compiled(Graph((doubles,), (layer,))))
+
+
+@pytest.mark.fast
+def test_why_not_on_8_bits() -> None:
+    single = reasons(compiled(on_bytes(scattered(0.1, 256, 256, 1, 1))))
+    assert "what it takes dense" in single
+    assert "entries of 16x4 weights" in single
+    assert "single weights are for floats" in reasons(compiled(on_bytes(by_fours(0.5, 64, 64, 1, 1)), "rows"))
+    assert "its 30 inputs are no whole groups of 4" in reasons(compiled(on_bytes(np.zeros((32, 30)))))
+    x = Node(Input("x", "int8", (4, 32)))
+    layer = Node(linear.Linear(), (x, Node(Const(np.zeros((32, 32), "int8")))))
+    assert "the target has no products of bytes" in reasons(run_pipeline(Graph((x,), (layer,)), parse_pipeline("sparsify")))
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("text", "named"), [("sparsify{format='csr'}", "csr"), ("sparsify{block=0}", "block"), ("sparsify{span=24}", "span")]
+    ("text", "named"),
+    [
+        *(("sparsify{format='csr'}", "csr"), ("sparsify{block=0}", "block"), ("sparsify{span=24}", "span")),
+        ("sparsify{group=0}", "group"),
+    ],
 )
 def test_options_out_of_range(text: str, named: str) -> None:
     with pytest.raises(ArgumentError, match=named):
@@ -211,7 +249,7 @@ def test_lists_from_outside_are_constants() -> None:
         ((GOOD[0][1:], *GOOD[1:]), "places are not one for each row of values"),
         ((GOOD[0], GOOD[1].astype("int64"), GOOD[2]), "places are not one for each row of values"),
         ((*GOOD[:2], GOOD[2][1:]), "starts do not bound 12 lists"),
-        ((GOOD[0].astype("float64"), *GOOD[1:]), "x and values differ in dtype"),
+        ((GOOD[0].astype("float64"), *GOOD[1:]), "operands are not of one float type"),
     ],
 )
 def test_operands_that_are_no_lists(arrays: tuple[Array, Array, Array], what: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
-from planting_weights import BLOCK, ROWS, VECTORS
+from planting_weights import BLOCK, GROUP, ROWS, VECTORS
 
 from paring.ir import Node
 from paring.ir.op import Array
-from paring.ir.ops import conv
+from paring.ir.ops import conv, sparse
 from paring.passes.pattern import Match
 from paring.passes.sparsify import Sparsify
 from paring.passes.util import const_value, constant
@@ -33,8 +34,9 @@ def _wrong(right: Sparsify, change: Callable[[Array, Array, Array], Lists]) -> C
 
 
 def _next_place(values: Array, places: Array, starts: Array) -> Lists:
-    """Each place moved on by one, where that stays within its span."""
-    moved = np.where(places % BLOCK == BLOCK - 1, places, places + 1)
+    """Each place moved on by one entry's channels, where that stays within its span."""
+    step = GROUP if values.dtype == "int8" else 1
+    moved = np.where(places % BLOCK == BLOCK - step, places, places + step)
     return values, moved.astype(places.dtype), starts
 
 
@@ -60,6 +62,23 @@ def _drops_bias(right: Sparsify) -> Callable[[Match], Node | None]:
     return sparsify_wrongly
 
 
+def _by_input(values: Array, places: Array, starts: Array) -> Lists:
+    """The weights of 8 bits of one input side by side instead of those of one output."""
+    if values.dtype != "int8":
+        return values, places, starts
+    return values.reshape(-1, BLOCK, GROUP).swapaxes(1, 2).reshape(values.shape).copy(), places, starts
+
+
+def _forgets_padding(m: Match) -> Node | None:
+    """Zeros in the padding of bytes."""
+    node = VECTORS._conv2d(m)
+    assert node is None or isinstance(node.op, sparse.SparseConv2d)
+    return None if node is None else Node(replace(node.op, pad_value=0), node.inputs, node.loc)
+
+
 _CHANGES = (_next_place, _without_the_last, _backwards, _late)
-_BOTH = (*(_wrong(right, change) for right in (ROWS, VECTORS) for change in _CHANGES), _drops_bias(ROWS), _drops_bias(VECTORS))
-WRONG = {"sparsify-conv2d": _BOTH, "sparsify-linear": _BOTH}
+_BOTH = (
+    *(_wrong(right, change) for right in (ROWS, VECTORS) for change in _CHANGES),
+    *(_wrong(VECTORS, _by_input), _drops_bias(ROWS), _drops_bias(VECTORS)),
+)
+WRONG = {"sparsify-conv2d": (*_BOTH, _forgets_padding), "sparsify-linear": _BOTH}

@@ -32,12 +32,12 @@ def sparse_conv2d(kernel: Kernel, node: Node, index: Index) -> Value:
         column = z * op.stride[1] + tap % op.kernel[1] * op.dilation[1] - op.padding[1][0]
         value = read_channel(kernel, x, op.layout, n, place, clamp(as_int(row), height), clamp(as_int(column), width))
         inside = tirx.And(within(row, height), within(column, width))
-        return choose(inside, value, constant(0.0, node.type.dtype))
+        return choose(inside, value, constant(op.pad_value, x.type.dtype))
 
     # What fills up the last block is zero: channels behind the last one are computed as the last one, and dropped.
     real = channel < op.out_channels
     total = _sum(kernel, node, op.lists_of(x.type), tirx.min(channel, op.out_channels - 1), read)
-    return tirx.Select(real, total, constant(0.0, node.type.dtype))
+    return tirx.Select(real, total, constant(0, node.type.dtype))
 
 
 @by_lane
@@ -53,14 +53,18 @@ def _sum(kernel: Kernel, node: Node, cut: Lists, channel: Value, read: Read) -> 
     values, places, starts, *bias = node.inputs[1:]
     dtype = sum_type(node.type.dtype)
     block, lane = split(channel, cut.block)
-    register, where = accumulator(kernel, 1, dtype, constant(0.0, dtype))
+    register, where = accumulator(kernel, 1, dtype, constant(0, dtype))
     with kernel.loop(cut.taps) as tap, kernel.loop(cut.spans) as span:
         number = (tap * cut.spans + span) * cut.blocks + block
         first, last = (kernel.bind(kernel.value(starts, (number + end,))) for end in (0, 1))
         with kernel.loop(last, start=first) as entry:
             place = kernel.bind(kernel.value(places, (entry,)))
-            product = cast(kernel.value(values, (entry, lane)), dtype) * cast(read(tap, place), dtype)
-            kernel.store(register, where, kernel.load(register, where) + product)
+            for number in range(cut.group):
+                # What fills up the last group is zero: channels behind the last one are read as the last one.
+                read_at = tirx.min(place + number, cut.inputs - 1) if cut.inputs % cut.group else place + number
+                weight = kernel.value(values, (entry, lane * cut.group + number))
+                product = cast(weight, dtype) * cast(read(tap, read_at), dtype)
+                kernel.store(register, where, kernel.load(register, where) + product)
     total = kernel.load(register, where)
     if bias:
         total = total + cast(kernel.value(bias[0], (channel,)), dtype)

@@ -11,6 +11,7 @@ from math import prod
 
 from paring.backends.kernel import Index, Kernel, Lanes, Scalar, Value, unflatten
 from paring.backends.schedules.conv import Shape
+from paring.backends.schedules.dot import dot_for
 from paring.backends.schedules.tiles import narrowed, only_anchor, widened
 from paring.backends.targets import Target
 from paring.ir import layout as lay
@@ -25,7 +26,10 @@ def find_anchor(body: Graph, target: Target) -> Node | None:
         return None
     if isinstance(node.op, SparseConv2d) and lay.channel_block(node.op.out_layout) != target.block:
         return None
-    return node if node.type.dtype == "float32" and node.inputs[0].type.size else None
+    dot = dot_for(node.inputs[0].type.dtype, target)
+    # Whole groups are read, the last one too.
+    whole = dot is not None and lists_of(node).group == dot.depth and shape_of(node, target).block_in % dot.depth == 0
+    return node if whole and node.inputs[0].type.size else None
 
 
 def lists_of(node: Node) -> Lists:
@@ -85,8 +89,8 @@ class Results:
         if len(self.anchor.inputs) < 5:
             return None
         value = k.value(self.anchor.inputs[4], (Lanes(block * lanes, width),))
-        return widened(k, value, width, lanes, "float32")
+        return widened(k, value, width, lanes, self.anchor.type.dtype)
 
     def stored(self, total: Value, used: int) -> Value:
         """The lanes of a sum that are stored."""
-        return narrowed(self.kernel, total, Lanes(0, self.width(used)), self.shape.block, "float32")
+        return narrowed(self.kernel, total, Lanes(0, self.width(used)), self.shape.block, self.anchor.type.dtype)

@@ -37,7 +37,7 @@ class RowKnobs:
 def find(body: Graph, target: Target) -> Node | None:
     """The sparse layer of a region that this family runs, or None."""
     node = find_anchor(body, target)
-    if node is None:
+    if node is None or node.type.dtype != "float32":
         return None
     cut, shape, block = lists_of(node), shape_of(node, target), target.block
     whole = cut.spans == 1 or cut.span % block == 0

@@ -1,16 +1,18 @@
 """Sparse layers whose lists store whole vectors of output channels: the dense schedule, with lists for its reduction.
 
-A register tile is some columns x one block of output channels, as in `conv`. Each entry of a list is one step: a vector of
-weights, and the input channel that it multiplies in all columns.
+A register tile is some columns x one block of output channels, as in `conv`. Each entry of a list is one step of `dot`: a vector
+of weights, and the input channel, or the group of 8-bit ones, that it multiplies in all columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
-from paring.backends.kernel import Kernel, Lanes, Scalar
+from paring.backends.kernel import Kernel, Scalar
 from paring.backends.schedules.conv import Shape, kernel_rows
+from paring.backends.schedules.dot import dot_of
 from paring.backends.schedules.sparse import Results, each_entry, find_anchor, lists_of, shape_of
 from paring.backends.schedules.tiles import (
     CHAINS,
@@ -28,6 +30,7 @@ from paring.backends.schedules.tiles import (
 )
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
+from paring.ir.ops.sparse import SparseConv2d
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,19 @@ def knobs(node: Node, target: Target) -> VectorKnobs:
     shape, values = shape_of(node, target), node.inputs[1].type
     entries = values.shape[0] // shape.out_blocks
     most = tile_height(target, shape.block, 2 if overlaps(target, entries) else 1)
-    columns = min(most, shape.out_width, _in_cache(shape, target))
+    columns = min(most, shape.out_width, _in_cache(node, shape, target))
     image = node.inputs[0].type.bytes + node.type.bytes
     pixels_first = values.bytes <= target.l2 // 2 and image > values.bytes and shape.images == 1
     return VectorKnobs(columns, max(1, CHAINS // columns), pixels_first)
 
 
-def _in_cache(shape: Shape, target: Target) -> int:
+def _in_cache(node: Node, shape: Shape, target: Target) -> int:
     """How many pixels stay in the first cache while one channel after another is read of them.
 
     Where their distance has a large power of two as a factor, they share few sets of the cache.
     """
-    way = target.l1 // WAYS
-    return WAYS * way // gcd(way, shape.stride[1] * shape.block_in * 4)
+    way, x = target.l1 // WAYS, node.inputs[0].type
+    return WAYS * way // gcd(way, shape.stride[1] * shape.block_in * (x.bytes // x.size))
 
 
 # Lines of a set of the first cache.
@@ -107,27 +110,40 @@ class _Tile:
     def emit(self) -> None:
         k, s, width = self.kernel, self.shape, self.tile.width
         n, block, y, x = self.at
-        self.sums = Accumulators(k, width * self.steps, [s.block])
+        self.dot = dot = dot_of(self.anchor, k.target)
+        pad_value = self.anchor.op.pad_value if isinstance(self.anchor.op, SparseConv2d) else 0
+        self.padding = pad_value if pad_value or dot.uniform else None
+        self.excess = width * self.steps
+        self.sums = Accumulators(k, self.excess + dot.uniform, [s.block], dot)
         results = Results(k, self.anchor, s)
         self.sums.start(0, results.bias(block, self.used), zero_from=width)
         low, high = kernel_rows(k, s, y)
-        with k.loop(high, start=low) as row:
-            for column, reached in enumerate(self.tile.kind):
-                if reached:
-                    with k.scope():
-                        self._list(row, column, reached)
+        self._rows(low, high, self.tile.kind)
+        if self.padding is not None and s.padded_rows:
+            for rows in ((0, low), (high, s.kernel[0])):
+                self._rows(*rows, [range(0)] * s.kernel[1])
 
         def value(i: int, j: int) -> object:
             total = self.sums.value(i, 0)
             for step in range(1, self.steps):
                 total = total + self.sums.value(step * width + i, 0)
+            if dot.uniform:
+                total = total - self.sums.value(self.excess, 0)
             return results.stored(total, self.used)
 
         written = Block(width, [results.width(self.used)], value, lambda i, j: results.index(n, block, y, x + i, self.used))
         finish(k, self.anchor, written)
 
+    def _rows(self, low: Scalar, high: Scalar, taps: Sequence[range]) -> None:
+        """Add the products of the kernel rows [low, high); `taps`: the columns in which each kernel column meets the image."""
+        with self.kernel.loop(high, start=low) as row:
+            for column, reached in enumerate(taps):
+                if reached or self.padding is not None:
+                    with self.kernel.scope():
+                        self._list(row, column, reached)
+
     def _list(self, row: Scalar, column: int, reached: range) -> None:
-        """Add the products of one kernel position, in the columns where it meets the image."""
+        """Add the products of one kernel position; padding counts where it is not zero."""
         number = (row * self.shape.kernel[1] + column) * self.shape.out_blocks + self.at[1]
         pixel = self._pixel(row, column)
         lists = number, number + 1
@@ -142,14 +158,20 @@ class _Tile:
         return k.bind(((n * s.in_blocks * s.height + iy) * s.width + ix) * s.block_in)
 
     def _entry(self, entry: Scalar, pixel: Scalar, step: int, reached: range) -> None:
-        """One stored vector times its input channel of each pixel."""
-        k, s = self.kernel, self.shape
+        """One stored vector times its input channels of each pixel."""
+        k, s, dot, width = self.kernel, self.shape, self.dot, self.tile.width
         x, values, places = (k.buffers[operand] for operand in self.anchor.inputs[:3])
         origin = k.bind(pixel + self._channel(k.bind(k.load(places, entry))))
-        weights = k.bind(k.load(values, Lanes(entry * s.block, s.block)))
-        for i in reached:
-            offset = origin + i * s.stride[1] * s.block_in
-            self.sums.add(step * self.tile.width + i, 0, k.load(x, offset), weights)
+        weights = dot.weights(k, values, entry * (s.block * dot.depth), s.block)
+        for i in range(width) if self.padding is not None else reached:
+            if i in reached:
+                value = dot.pixel(k, x, origin + i * s.stride[1] * s.block_in, dot.depth)
+            else:
+                assert self.padding is not None
+                value = dot.fill(self.padding, dot.depth)
+            self.sums.add(step * width + i, 0, value, weights)
+        if dot.uniform:
+            self.sums.add(self.excess, 0, dot.fill(0, dot.depth), weights)
 
     def _channel(self, place: Scalar) -> Scalar:
         """How far an input channel lies from the first one."""

@@ -23,7 +23,8 @@ class Target:
     vector registers. `l1`, `l2`: data caches of one core, bytes. `block`: channels of a blocked layout. `dot`: the
     instructions that sum products of bytes, a name in `schedules/dot.py`, and `group` the channels that they take at a time.
     `list_start`, `gather`: what sparse layers take beside multiply-adds, in multiply-adds of a vector: to start a list, and to
-    gather a vector of pixels; `paring bench --suite sparse` shows what comes of them.
+    gather a vector of pixels; `entry`: what an entry of 8-bit integers takes, in steps of the dense layer, which prepares pixels
+    once for two blocks of outputs. `paring bench --suite sparse` shows what comes of them.
     `tables`: those that look bytes up in registers, a name in `tables.py`. `needs`: CPU flags that the running host must have.
     `clock`, in Hz, and `bandwidth` of memory, bytes a second: nominal.
     `device`: "host" where this machine runs its code, "" where a device must be given. `linker`: the cross compiler, with the
@@ -43,6 +44,7 @@ class Target:
     tables: str = ""
     list_start: float = 14.0
     gather: float = 10.0
+    entry: float = 1.2
     features: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     clock: float = 2.5e9
@@ -64,7 +66,7 @@ class Target:
         """What the target's pipeline may name in braces."""
         return {
             **{"block": self.block, "group": self.group, "span": self.span, "pixels": PIXELS},
-            **{"start": self.list_start, "gather": self.gather},
+            **{"start": self.list_start, "gather": self.gather, "entry": self.entry},
         }
 
     @property
@@ -126,12 +128,13 @@ TARGETS: dict[str, Target] = {
     for t in (
         REFERENCE,
         _AVX2,
-        replace(_AVX2, name="x86-avx2-vnni", dot="vnni", features=("+avxvnni",), needs=(*_AVX2.needs, "avx_vnni")),
+        replace(_AVX2, name="x86-avx2-vnni", dot="vnni", entry=1.0, features=("+avxvnni",), needs=(*_AVX2.needs, "avx_vnni")),
         _AVX512,
         replace(
             _AVX512,
             name="x86-vnni",
             dot="vnni",
+            entry=1.0,
             features=(*_AVX512.features, "+avx512vnni"),
             needs=(*_AVX512.needs, "avx512_vnni"),
         ),

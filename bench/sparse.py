@@ -6,7 +6,7 @@ All kernels of a layer, the dense one and those of each mask, are one library an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -28,7 +28,9 @@ from paring.ir import layout as lay
 from paring.ir.op import Array
 from paring.ir.ops.conv import Conv2d
 from paring.ir.ops.linear import Linear
-from paring.ir.ops.sparse import SparseConv2d, SparseLinear
+from paring.ir.ops.quantized import Requantize
+from paring.ir.ops.shape import Broadcast
+from paring.ir.ops.sparse import Lists, SparseConv2d, SparseLinear
 from paring.passes.fuse import Fuse
 from paring.passes.manager import run_pass
 from paring.passes.rewriter import Context
@@ -42,12 +44,16 @@ WRONG = 1e-2
 
 @dataclass(frozen=True)
 class Layer:
-    """A square convolution with `size` x `size` results, or (kernel 0) a linear layer on `size` rows."""
+    """A square convolution with `size` x `size` results, or (kernel 0) a linear layer on `size` rows.
+
+    `dtype` is that of its input: on uint8 its weights are int8, and its sums are scaled back to uint8 in the same kernel.
+    """
 
     inputs: int
     outputs: int
     kernel: int
     size: int
+    dtype: str = "float32"
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -58,7 +64,7 @@ class Layer:
         return self.size**2 if self.kernel else self.size
 
 
-LAYERS: dict[str, Layer] = {
+_SHAPES: dict[str, Layer] = {
     "conv1x1-256-28": Layer(256, 256, 1, 28),
     "conv1x1-1024-14": Layer(1024, 256, 1, 14),
     "conv1x1-512-7": Layer(512, 2048, 1, 7),
@@ -68,11 +74,18 @@ LAYERS: dict[str, Layer] = {
     "conv3x3-64-56": Layer(64, 64, 3, 56),
     "conv3x3-256-14": Layer(256, 256, 3, 14),
 }
-SMALL: dict[str, Layer] = {
+_SMALL: dict[str, Layer] = {
     "conv1x1-small": Layer(64, 64, 1, 8),
     "conv3x3-small": Layer(32, 32, 3, 6),
     "linear-small": Layer(64, 48, 0, 20),
 }
+
+
+def _on_bytes_too(shapes: dict[str, Layer]) -> dict[str, Layer]:
+    return {**shapes, **{f"{name}-int8": replace(layer, dtype="uint8") for name, layer in shapes.items()}}
+
+
+LAYERS, SMALL = _on_bytes_too(_SHAPES), _on_bytes_too(_SMALL)
 
 Mask = Callable[[np.random.Generator, Layer, int, float], Array]
 
@@ -113,14 +126,24 @@ def own_patterns(rng: np.random.Generator, layer: Layer, block: int, zeros: floa
     return patterns(rng, layer, 1, zeros)
 
 
+def _for_groups(mask: Mask) -> Mask:
+    """The same alike for four neighbouring input channels, which 8-bit integers are multiplied by."""
+
+    def grouped(rng: np.random.Generator, layer: Layer, block: int, zeros: float) -> Array:
+        return np.repeat(mask(rng, replace(layer, inputs=-(-layer.inputs // 4)), block, zeros), 4, 1)[:, : layer.inputs]
+
+    return grouped
+
+
 @dataclass(frozen=True)
 class Series:
-    """A kind of mask at some shares of zeros, and the format that stores what it leaves."""
+    """A kind of mask at some shares of zeros, the format that stores what it leaves, and the layers that it is for."""
 
     format: str
     mask: Mask
     zeros: tuple[float, ...]
     kernels: tuple[int, ...] = (0, 1, 3)
+    dtype: str = "float32"
 
 
 SERIES: dict[str, Series] = {
@@ -130,6 +153,8 @@ SERIES: dict[str, Series] = {
     "blocks": Series("vectors", blocks, (0.1, 0.25, 0.5, 0.8, 0.9)),
     "patterns": Series("vectors", patterns, (5 / 9,), (3,)),
     "own patterns": Series("rows", own_patterns, (5 / 9,), (3,)),
+    "int8 blocks": Series("vectors", _for_groups(blocks), (0.1, 0.25, 0.5, 0.75, 0.9), dtype="uint8"),
+    "int8 patterns": Series("vectors", _for_groups(patterns), (5 / 9,), (3,), dtype="uint8"),
 }
 
 
@@ -195,21 +220,22 @@ class _Bench:
         shape = (layer.size, layer.inputs)
         if layer.kernel:
             shape = (1, layer.inputs // target.block, layer.size, layer.size, target.block)
-        self.x = Node(Input("x", "float32", shape))
-        self.bias = Node(Const(self.rng.standard_normal(layer.outputs).astype("float32")))
+        self.x = Node(Input("x", layer.dtype, shape))
+        self.bytes = layer.dtype == "uint8"
+        self.bias = _constant(self._random((layer.outputs,), "int32" if self.bytes else "float32"))
 
     def run(self, rounds: int) -> list[Record]:
         dense = self.dense(np.ones(self.layer.weight, bool))
         settings = [
             (name, series, zeros)
             for name, series in SERIES.items()
-            if self.layer.kernel in series.kernels
+            if self.layer.kernel in series.kernels and self.layer.dtype == series.dtype
             for zeros in series.zeros
         ]
         masks = [series.mask(self.rng, self.layer, self.target.block, zeros) for _, series, zeros in settings]
         layers = [self.sparse(mask, series.format) for mask, (_, series, _) in zip(masks, settings, strict=True)]
-        graph = Graph((self.x,), (dense, *layers))
-        array = self.rng.standard_normal(self.x.type.shape).astype("float32")
+        graph = Graph((self.x,), tuple(map(self.result, (dense, *layers))))
+        array = self._random(self.x.type.shape, self.layer.dtype)
         built = Executable(build(run_pass(Fuse(), graph, Context()), self.target))
         try:
             failures = [_failure(got, want) for got, want in zip(built.run([array]), interpret(graph, [array]), strict=True)]
@@ -225,18 +251,36 @@ class _Bench:
             )
         return found
 
+    def _random(self, shape: tuple[int, ...], dtype: str) -> Array:
+        if dtype == "float32":
+            return self.rng.standard_normal(shape).astype(dtype)
+        low, high = {"uint8": (0, 256), "int8": (-127, 128), "int32": (-1000, 1000)}[dtype]
+        return self.rng.integers(low, high, shape).astype(dtype)
+
     def dense(self, mask: Array) -> Node:
-        weight, b = (self.rng.standard_normal(self.layer.weight) * mask).astype("float32"), self.target.block
+        b, group = self.target.block, self.target.group
+        weight = self._random(self.layer.weight, "int8" if self.bytes else "float32") * mask
         if not self.layer.kernel:
-            packed = lay.block_linear_weight(weight, f"OI{b}o")
-            return Node(Linear(f"OI{b}o", self.layer.outputs), (self.x, _constant(packed), self.bias))
-        pads, layout = ((self.layer.kernel // 2,) * 2,) * 2, f"OIHW{b}i{b}o"
+            layout = f"OI{b}o{group}i" if self.bytes else f"OI{b}o"
+            packed = lay.block_linear_weight(weight, layout)
+            return Node(Linear(layout, self.layer.outputs), (self.x, _constant(packed), self.bias))
+        pads = ((self.layer.kernel // 2,) * 2,) * 2
+        layout = f"OIHW{b // group}i{b}o{group}i" if self.bytes else f"OIHW{b}i{b}o"
         op = Conv2d(padding=pads, layout=f"NCHW{b}c", out_layout=f"NCHW{b}c", weight_layout=layout)
         return Node(op, (self.x, _constant(lay.block_conv_weight(weight, layout)), self.bias))
 
+    def result(self, layer: Node) -> Node:
+        """What the kernel writes: the sums, those of bytes scaled back to bytes."""
+        if not self.bytes:
+            return layer
+        factors = np.full(self.layer.outputs, 1e-5, "float32"), np.full(self.layer.outputs, 0.5, "float32")
+        b = self.target.block
+        shape = (1, self.layer.outputs // b, 1, 1, b) if self.layer.kernel else (self.layer.outputs,)
+        wide = (Node(Broadcast(layer.type.shape), (_constant(array.reshape(shape)),)) for array in factors)
+        return Node(Requantize(128), (layer, *wide))
+
     def sparse(self, mask: Array, format: str) -> Node:
-        options = {name: value for name, value in self.target.pipeline_options().items() if name != "group"}
-        chosen: Any = Sparsify(**options, format=format)  # type: ignore[arg-type]
+        chosen: Any = Sparsify(**self.target.pipeline_options(), format=format)  # type: ignore[arg-type]
         return run_pass(chosen, Graph((self.x,), (self.dense(mask),)), Context()).outputs[0]
 
     def chosen(self, mask: Array) -> str:
@@ -250,11 +294,11 @@ class _Bench:
 
         Single weights: one vector is loaded for each multiply-add, and one more for each entry; pixels come in whole vectors.
         """
-        size, b = prod(self.layer.weight), self.target.block
+        (o, i, *kernel), b = self.layer.weight, self.target.block
+        size = o * i * prod(kernel)
         if format == "vectors":
-            padded = np.concatenate([mask, np.zeros((-mask.shape[0] % b, *mask.shape[1:]), bool)])
-            entries = int(padded.reshape(-1, b, *mask.shape[1:]).any(1).sum())
-            return size / max(entries * b, 1)
+            cut = Lists(o, i, prod(kernel), b, i, self.target.group if self.bytes else 1)
+            return cut.most / max(int(cut.occupied(mask).sum()), 1)
         vectors = -(-self.layer.pixels // b)
         width = vectors / -(-vectors * b // PIXELS)
         return size * self.layer.pixels / max(int(mask.sum()) * vectors * b * (1 + 1 / width), 1)
@@ -265,8 +309,10 @@ def _constant(array: Array) -> Node:
 
 
 def _failure(got: Array, want: Array) -> str:
-    error = float(np.max(np.abs(got - want)) / max(float(np.max(np.abs(want))), 1e-30))
-    return f"off by {error:.0%} of its largest value" if not error <= WRONG else ""
+    wide = got.astype(np.float64), want.astype(np.float64)
+    error = float(np.max(np.abs(wide[0] - wide[1])) / max(float(np.max(np.abs(wide[1]))), 1e-30))
+    # Integers are right or wrong.
+    return f"off by {error:.0%} of its largest value" if not error <= (WRONG if want.dtype.kind == "f" else 0) else ""
 
 
 def as_json(record: Record) -> dict[str, Any]:

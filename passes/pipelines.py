@@ -86,7 +86,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "canonicalize",
         "cse",
         "dce",
-        "sparsify{{block={block}, span={span}, group={group}, pixels={pixels}, start={start}, gather={gather}}}",
+        "sparsify{{block={block}, span={span}, group={group}, pixels={pixels}, start={start}, gather={gather}, entry={entry}}}",
         "fuse",
     ),
 }

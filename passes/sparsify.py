@@ -66,7 +66,8 @@ class Sparsify(Pass):
     `block` is the width of a stored vector, of 8-bit integers by `group` input channels (1: they stay dense); `span` the number
     of input channels in a list of single weights (what stays in the first cache), `pixels` the tile of those that share a stored
     weight. `start` and `gather` are costs of the target, in multiply-adds of a vector: to start a list, and to gather a vector of
-    pixels. `format`: the fastest by these (auto), or vectors or rows wherever there are zeros, or none.
+    pixels; `entry` that of an entry of 8-bit integers, in steps of the dense layer. `format`: the fastest by these (auto), or
+    vectors or rows wherever there are zeros, or none.
     """
 
     name = "sparsify"
@@ -77,6 +78,7 @@ class Sparsify(Pass):
     pixels: int = 64
     start: float = 14.0
     gather: float = 10.0
+    entry: float = 1.0
     format: str = "auto"
 
     def check(self) -> None:
@@ -210,7 +212,8 @@ class Sparsify(Pass):
         entries = int(np.count_nonzero(cut.occupied(layer.weight)))
         pixels = layer.images * layer.pixels
         columns = max(1, min(COLUMNS, layer.pixels))
-        return _Choice("vectors", cut, pixels * entries * (1 + 1 / columns) + pixels / columns * cut.count * self.start)
+        own = entries * (1 + 1 / columns) * (self.entry if layer.group > 1 else 1)
+        return _Choice("vectors", cut, pixels * (own + cut.count * self.start / columns))
 
     def _rows(self, layer: _Layer) -> _Choice:
         """Single weights: each entry is one load beside a few vectors of pixels, which are gathered first."""

@@ -286,6 +286,7 @@ def embedded() -> Graph:
         ("prune-block{shape='0x4'}", "shape is '0x4'"),
         ("prune-vector{size=0}", "size is 0"),
         ("prune-kernel{share=0}", "share is 0"),
+        ("prune-pattern{inputs=0}", "inputs is 0"),
         ("prune-pattern{entries=9}", "of 9 weights, so 1 to 8"),
         ("prune-pattern{patterns=0}", "patterns is 0"),
         ("prune-nm{skip='head'}", "skip names 'head', which is no module"),

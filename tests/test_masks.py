@@ -78,7 +78,7 @@ def extents(prune: RatioPass) -> tuple[int, int, bool]:
         case PruneVector():
             return prune.size, 1, False
         case PruneKernel():
-            return prune.share, 1, True
+            return prune.share, prune.inputs, True
     return 1, 1, False
 
 
@@ -105,11 +105,12 @@ def check_ratio(prune: RatioPass, found: Sequence[Pair]) -> None:
             assert most <= min(mean for mean, go, _ in entries if not go) + 1e-9, "what matters more goes"
 
 
-def shared(weight: Array, share: int) -> Iterator[tuple[slice, int, Array]]:
-    """For each block of output channels and each input channel the sum of scores of each tap."""
+def shared(weight: Array, share: int, inputs: int) -> Iterator[tuple[slice, slice, Array]]:
+    """For each block of output channels and of input channels the sum of scores of each tap."""
     for first in range(0, weight.shape[0], share):
-        for i in range(weight.shape[1]):
-            yield slice(first, first + share), i, weight[first : first + share, i].sum(0)
+        for i in range(0, weight.shape[1], inputs):
+            rows, columns = slice(first, first + share), slice(i, i + inputs)
+            yield rows, columns, weight[rows, columns].sum(0).sum(0)
 
 
 def check_nm(prune: PruneNm, found: Sequence[Pair]) -> None:
@@ -128,14 +129,14 @@ def check_nm(prune: PruneNm, found: Sequence[Pair]) -> None:
 def check_pattern(prune: PrunePattern, found: Sequence[Pair]) -> None:
     counts: Counter[frozenset[int]] = Counter()
     for was, _ in found:
-        for _, _, score in shared(was**2, prune.share):
+        for _, _, score in shared(was**2, prune.share, prune.inputs):
             others = sorted((p for p in range(9) if p != 4), key=lambda p: (-score[p], p))
             if score.any():
                 counts[frozenset([4, *others[: prune.entries - 1]])] += 1
     best = sorted(counts, key=lambda pattern: (-counts[pattern], sum(1 << p for p in pattern)))[: prune.patterns]
     for was, now in found:
         wanted = np.zeros_like(was)
-        for rows, i, score in shared(was**2, prune.share):
+        for rows, i, score in shared(was**2, prune.share, prune.inputs):
             chosen = max(best, key=lambda pattern: (sum(score[p] for p in sorted(pattern)), -best.index(pattern)), default=[])
             for place in chosen:
                 wanted[rows, i, place] = was[rows, i, place]
@@ -178,13 +179,14 @@ def check_masks(graph: Graph, prune: MaskPass) -> int:
 def variant(cls: type[MaskPass], seed: int) -> MaskPass:
     """The pass with options of all kinds."""
     ratio, scope, share = RATIOS[seed % len(RATIOS)], ("layer", "global")[seed % 2], (1, 2, 4, 16)[seed % 4]
+    both = {"share": share, "inputs": (1, 3, 4)[seed % 3]}
     criterion = ("l1", "l2", "random")[seed % 3]
     options: dict[type[MaskPass], dict[str, object]] = {
         PruneBlock: {"shape": ("16x1", "2x2", "4x4", "1x4", "3x2")[seed % 5]},
         PruneVector: {"size": (16, 4, 3)[seed % 3]},
-        PruneKernel: {"share": share},
+        PruneKernel: both,
         PruneNm: {"n": 1 + seed % 3, "m": (4, 8)[seed % 2], "share": share, "criterion": "l1"},
-        PrunePattern: {"entries": 2 + seed % 6, "patterns": (1, 4, 8, 100)[seed % 4], "share": share, "criterion": "l2"},
+        PrunePattern: {"entries": 2 + seed % 6, "patterns": (1, 4, 8, 100)[seed % 4], **both, "criterion": "l2"},
     }
     by_rank = {"ratio": ratio, "scope": scope, "criterion": criterion, "seed": seed} if issubclass(cls, RatioPass) else {}
     return cls(**by_rank, **options.get(cls, {}))  # type: ignore[arg-type]

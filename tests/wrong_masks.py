@@ -79,7 +79,7 @@ def zeros_do_not_count(right: Any, means: Array, sizes: Array, ratio: float, row
     return gone.reshape(means.shape) | dead
 
 
-def swaps_the_shape(right: Any, self: PruneBlock) -> Grid:
+def swaps_the_shape(right: Any, self: PruneBlock | PruneKernel) -> Grid:
     found = right(self)
     return Grid(found.columns, found.rows, found.kernel)
 
@@ -181,7 +181,10 @@ _BY_PASS: dict[Pass, tuple[tuple[str, Patch], ...]] = {
         ("forgets_the_taps", _instead(PruneBlock, "grid", forgets_the_taps)),
     ),
     PruneVector(size=4): (*_RANK[:2], *_UNITS, ("forgets_the_taps", _instead(PruneVector, "grid", forgets_the_taps))),
-    PruneKernel(share=2): (*_RANK, *_UNITS, ("forgets_the_taps", _instead(PruneKernel, "grid", forgets_the_taps))),
+    PruneKernel(share=2, inputs=3): (
+        *(*_RANK, *_UNITS, ("swaps_the_shape", _instead(PruneKernel, "grid", swaps_the_shape))),
+        ("forgets_the_taps", _instead(PruneKernel, "grid", forgets_the_taps)),
+    ),
     PruneNm(n=1): (
         *_ANY,
         ("removes_n", _instead(PruneNm, "_best", removes_n)),
@@ -190,7 +193,7 @@ _BY_PASS: dict[Pass, tuple[tuple[str, Patch], ...]] = {
         ("across_taps", _instead(PruneNm, "_best", across_taps)),
     ),
     PruneNm(share=4): (("shares_nothing", _instead(PruneNm, "_best", shares_nothing)), *_UNITS[:1]),
-    PrunePattern(patterns=3, share=2): (
+    PrunePattern(patterns=3, share=2, inputs=2): (
         *(*_ANY[:3], *_UNITS[:1]),
         ("without_centre", _instead(prune_pattern, "natural", without_centre)),
         ("every_pattern", _instead(prune_pattern, "dictionary", every_pattern)),

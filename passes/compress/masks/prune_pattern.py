@@ -26,8 +26,8 @@ class PrunePattern(MaskPass):
 
     The natural pattern of a kernel is its centre and the `entries` - 1 other weights that matter most. The `patterns` most
     frequent ones in the network are the dictionary; each kernel gets that which keeps most of what matters. `share`: so many
-    neighbouring output channels have the same pattern for one input channel, so that vectors of them share it; 1 is PatDNN
-    proper. Kernels that are zero stay zero and have no say.
+    neighbouring output channels have the same pattern for `inputs` neighbouring input channels, so that vectors of them share
+    it (those of 8-bit integers hold four inputs); 1 and 1 is PatDNN proper. Kernels that are zero stay zero and have no say.
     """
 
     name = "prune-pattern"
@@ -35,6 +35,7 @@ class PrunePattern(MaskPass):
     entries: int = 4
     patterns: int = 8
     share: int = 16
+    inputs: int = 1
 
     def check(self) -> None:
         super().check()
@@ -45,7 +46,7 @@ class PrunePattern(MaskPass):
         return "" if weight.kernel == KERNEL else f"its kernels are {'x'.join(map(str, weight.kernel)) or 'single weights'}"
 
     def kept(self, weights: Sequence[Weight], scores: Mapping[Weight, Array], context: Context) -> Mapping[Weight, Array]:
-        grid = Grid(self.share)
+        grid = Grid(self.share, self.inputs)
         kernels = {weight: grid.sums(scores[weight]) for weight in weights}
         known = dictionary(list(kernels.values()), self.entries, self.patterns)
         if not len(known):

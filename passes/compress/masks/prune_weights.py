@@ -72,14 +72,15 @@ class PruneKernel(RatioPass):
     """Whole kernels of spatial convolutions become zero: all taps of one pair of output and input channel.
 
     The connectivity pruning of Niu et al. 2020 (PatDNN). `share`: so many neighbouring output channels lose the same ones,
-    which are the 1xN patterns of Lin et al. 2022.
+    which are the 1xN patterns of Lin et al. 2022, and so many neighbouring `inputs`: vectors of 8-bit integers hold four.
     """
 
     name = "prune-kernel"
     share: int = 1
+    inputs: int = 1
 
     def grid(self) -> Grid:
-        return Grid(self.share, kernel=True)
+        return Grid(self.share, self.inputs, kernel=True)
 
     def obstacle(self, weight: Weight) -> str:
         if not isinstance(weight.layers[0].op, conv.Conv2d) or weight.kernel == (1, 1):

@@ -147,7 +147,7 @@ def byte_cases(b: int) -> list[tuple[str, Case]]:
         byte_case(bytes_(b, 2 * b, 3, padding=pad), image(b, b, 5, 17, 2), "uint8", epilogue="scaled"),
         byte_case(bytes_(2 * b - 4, b + 5, 3, 130, padding=pad), image(b, 2 * b, 6, 7, 2), "uint8"),
         byte_case(bytes_(2 * b, b, 3, 9, padding=wide, stride=(1, 2)), image(b, 2 * b, 5, 4), "uint8"),
-        byte_case(bytes_(b, 2 * b, 3, padding=uneven, stride=(2, 2)), image(b, b, 8, 9), "int8"),
+        byte_case(bytes_(b, 2 * b, 3, padding=uneven, stride=(2, 2)), image(b, b, 8, 10), "int8"),
         byte_case(bytes_(b, b, 3, -7, padding=wide, dilation=(2, 1)), image(b, b, 8, 3), "int8", epilogue="scaled"),
         byte_case(bytes_(4, 2 * b, 3, 77, padding=pad, layout="NCHW4c"), (1, 1, 8, 9, 4), "uint8", 0.6),
         byte_case(bytes_(2 * b, b, 3, padding=pad), image(b, 2 * b, 4, 5), "int8", 0.0),

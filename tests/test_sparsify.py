@@ -13,12 +13,12 @@ from paring.backends.targets import TARGETS
 from paring.ir import Const, Graph, Input, Node, Region, constants, interpret, parse, same, show
 from paring.ir.errors import ArgumentError, IRTypeError, VerifyError
 from paring.ir.op import Array
-from paring.ir.ops import conv, linear, sparse, unary
+from paring.ir.ops import binary, conv, linear, reduce, sparse, unary
 from paring.ir.verify import check_trusted, verify
 from paring.passes.ledger import measure
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pipelines import parse_pipeline, pipeline
-from paring.passes.sparsify import Sparsify
+from paring.passes.sparsify import SPARSE, Sparsify
 
 TARGET = TARGETS["x86-avx512"].pipeline_options()
 
@@ -217,6 +217,20 @@ def test_damaged_lists_are_found_in_the_constants(what: str, position: int, inde
 
 
 @pytest.mark.fast
+def test_places_of_bytes_are_the_first_of_their_group() -> None:
+    """Kernels read whole groups: what lies behind the last one may not be there."""
+    x = Node(Input("x", "uint8", (3, 8)))
+    lists = [Node(Const(array)) for array in sparse.Lists(4, 8, 1, 4, 8, 4).pack(np.ones((4, 8), "int8"))]
+    layer = sparse.SparseLinear(4, 4, 8, 4)
+    verify(Graph((x,), (Node(layer, (x, *lists)),)))
+    lists[1] = Node(Const(np.array([0, 5], "int32")))
+    with pytest.raises(VerifyError, match="a place is not the first of 4 channels"):
+        verify(Graph((x,), (Node(layer, (x, *lists)),)))
+    with pytest.raises(IRTypeError, match="spans of 6 channels are no groups of 4"):
+        Node(sparse.SparseLinear(4, 4, 6, 4), (x, *lists))
+
+
+@pytest.mark.fast
 def test_starts_that_wrap_around_are_found() -> None:
     values, places, _ = GOOD
     starts = np.concatenate([[0, 2**31 - 1, -2], np.full(10, len(places))]).astype(np.int32)
@@ -282,3 +296,50 @@ def test_a_network_with_zeros_is_compiled_saved_and_loaded(tmp_path: Path) -> No
         with paring.load(tmp_path / "net.paring") as again:
             for got, want in zip(again(*arrays), net(*arrays), strict=True):
                 np.testing.assert_array_equal(got, want)
+
+
+def residual_network() -> Graph:
+    """A convolution of an image, two with a residual around them, one that is not linear in what follows, a linear layer."""
+    rng = np.random.default_rng(3)
+
+    def weight(*dims: int) -> Node:
+        return Node(Const((rng.standard_normal(dims) / np.prod(dims[1:]) ** 0.5).astype("float32")))
+
+    def layer(x: Node, out: int, kernel: int, stride: int = 1) -> Node:
+        pads, inputs = ((kernel // 2,) * 2,) * 2, x.type.shape[1]
+        return Node(conv.Conv2d((stride, stride), pads), (x, weight(out, inputs, kernel, kernel), weight(out)))
+
+    x = Node(Input("x", "float32", (1, 3, 12, 12)))
+    first = Node(unary.Relu(), (layer(x, 64, 3),))
+    inner = layer(Node(unary.Relu(), (layer(first, 64, 3),)), 64, 3)
+    y = Node(unary.Relu(), (Node(binary.Add(), (inner, first)),))
+    y = Node(unary.HardSwish(), (layer(y, 96, 1, 2),))
+    y = Node(reduce.Mean((2, 3)), (y,))
+    return Graph((x,), (Node(linear.Linear(), (y, weight(64, 96), weight(64))),))
+
+
+@pytest.mark.parametrize(
+    ("masks", "stored"),
+    [
+        ("prune-block{shape='16x4', ratio=0.75}", 4),
+        ("prune-kernel{share=16, inputs=4}, prune-pattern{inputs=4}", 2),
+        ("prune-unstructured{ratio=0.75}", 0),
+    ],
+)
+def test_pruned_and_quantized_it_runs_sparse_on_integers(masks: str, stored: int) -> None:
+    """From end to end: zeros survive, each layer's kernel writes bytes, and the compiled network has the interpreter's bits."""
+    graph = residual_network()
+    rng = np.random.default_rng(0)
+    batches = [rng.standard_normal((1, 3, 12, 12)).astype("float32") for _ in range(3)]
+    with paring.compile(graph, target="native", passes=f"{masks}, equalize, quantize", calibration=batches) as net:
+        if net.target.group == 1:
+            pytest.skip(f"{net.target.name} has no products of bytes")
+        lines = [line for line in str(net.ledger).splitlines() if "8-bit blocks" in line]
+        assert len(lines) == stored, lines
+        regions = [node for node in net.graph.nodes() if isinstance(node.op, Region)]
+        sparse_ones = [r for r in regions if any(isinstance(n.op, SPARSE) for n in r.op.body.nodes())]
+        assert len(sparse_ones) == stored
+        assert all(r.inputs[0].type.dtype == "uint8" for r in sparse_ones)
+        assert all(r.type.dtype == "uint8" or r is net.graph.outputs[0] for r in sparse_ones), "sums are written"
+        for batch in batches:
+            np.testing.assert_array_equal(net(batch), interpret(net.graph, [batch])[0])

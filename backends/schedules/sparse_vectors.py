@@ -119,7 +119,8 @@ class _Tile:
         self.sums.start(0, results.bias(block, self.used), zero_from=width)
         low, high = kernel_rows(k, s, y)
         self._rows(low, high, self.tile.kind)
-        if self.padding is not None and s.padded_rows:
+        # Rows of zeros go through no step, so nothing has to be taken off for them.
+        if pad_value and s.padded_rows:
             for rows in ((0, low), (high, s.kernel[0])):
                 self._rows(*rows, [range(0)] * s.kernel[1])
 

@@ -44,7 +44,7 @@ class Target:
     tables: str = ""
     list_start: float = 14.0
     gather: float = 10.0
-    entry: float = 1.2
+    entry: float = 1.15
     features: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     clock: float = 2.5e9

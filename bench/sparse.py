@@ -153,7 +153,7 @@ SERIES: dict[str, Series] = {
     "blocks": Series("vectors", blocks, (0.1, 0.25, 0.5, 0.8, 0.9)),
     "patterns": Series("vectors", patterns, (5 / 9,), (3,)),
     "own patterns": Series("rows", own_patterns, (5 / 9,), (3,)),
-    "int8 blocks": Series("vectors", _for_groups(blocks), (0.1, 0.25, 0.5, 0.75, 0.9), dtype="uint8"),
+    "int8 blocks": Series("vectors", _for_groups(blocks), (0.1, 0.25, 0.5, 0.75, 0.8, 0.9), dtype="uint8"),
     "int8 patterns": Series("vectors", _for_groups(patterns), (5 / 9,), (3,), dtype="uint8"),
 }
 

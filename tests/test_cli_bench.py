@@ -129,22 +129,23 @@ def test_crossovers_lie_where_the_line_between_two_measurements_meets_one() -> N
 
 
 def test_the_sparse_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One small layer, for real: every mask has a time, a bound and a choice, and the crossover is printed."""
+    """A small layer of each type, for real: every mask has a time, a bound and a choice, and the crossover is printed."""
     from paring.bench.sparse import SERIES
 
-    fewer = {name: dataclasses.replace(SERIES[name], zeros=(0.9,)) for name in ("unstructured", "blocks")}
+    fewer = {name: dataclasses.replace(SERIES[name], zeros=(0.9,)) for name in ("unstructured", "blocks", "int8 blocks")}
     monkeypatch.setattr("paring.bench.sparse.SERIES", fewer)
     file = tmp_path / "sparse.json"
-    done = Result("bench", "--suite", "sparse", "--small", "--models", "linear-small", "--rounds", 1, "--json", file)
+    layers = "linear-small,linear-small-int8"
+    done = Result("bench", "--suite", "sparse", "--small", "--models", layers, "--rounds", 1, "--json", file)
     assert done.code == 0, done.err
     assert "unstructured (rows): pays at 90% zeros in" in done.out
     records = json.loads(file.read_text())
-    assert [record["mask"] for record in records] == ["unstructured", "blocks"]
+    assert [record["mask"] for record in records] == ["unstructured", "blocks", "int8 blocks"]
     for record in records:
         assert record["dense_us"] > 0
         assert record["sparse_us"] > 0
         assert not record["error"]
-    assert records[1]["chosen"] == "vectors"
+    assert records[1]["chosen"] == records[2]["chosen"] == "vectors"
     done = Result("bench", "--suite", "sparse", "--models", "conv1x1-256-29")
     assert done.code == 1
     assert "did you mean" in done.err

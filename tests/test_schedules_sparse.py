@@ -164,6 +164,25 @@ def byte_cases(b: int) -> list[tuple[str, Case]]:
     return [*(("sparse-vectors", each) for each in vectors), *(("elementwise", each) for each in generic)]
 
 
+def random_byte_case(b: int, rng: np.random.Generator) -> Case:
+    """Any layer on bytes that the kernels run: sizes, borders, strides, signs, zero points, shares of zeros, epilogues."""
+
+    def any_of(*options: int) -> int:
+        return options[int(rng.integers(len(options)))]
+
+    dtype, density = ("uint8", "int8")[any_of(0, 1)], rng.uniform(0, 0.8)
+    epilogue = ("", "scaled", "add", "look-up")[any_of(0, 1, 2, 3)]
+    inputs, outputs = 4 * any_of(1, 3, b // 4, b // 2 + 1), any_of(1, b - 1, b, 2 * b, 2 * b + 3)
+    if rng.random() < 0.3:
+        rows = any_of(1, 2, 5, 33)
+        return byte_case(SparseLinear(outputs, b, inputs, 4), (rows, inputs), dtype, density, epilogue)
+    kernel, zero = any_of(1, 2, 3), any_of(0, 0, 5, 100)
+    pads = tuple((any_of(0, 1, 2), any_of(0, 1)) for _ in range(2))
+    window = {"stride": (any_of(1, 2), any_of(1, 2)), "padding": pads, "dilation": (any_of(1, 2), any_of(1, 1, 2))}
+    op = conv(b, b, (inputs, outputs), kernel, group=4, pad_value=zero, **window)
+    return byte_case(op, image(b, inputs, any_of(5, 7), any_of(5, 16, 35), any_of(1, 1, 2)), dtype, density, epilogue)
+
+
 def native(name: str) -> Target:
     missing = missing_flags(TARGETS[name])
     if missing:
@@ -181,6 +200,13 @@ def test_kernels_agree_with_the_reference(name: str) -> None:
 def test_kernels_on_bytes_agree_with_the_reference(name: str) -> None:
     target = native(name)
     check(target, byte_cases(target.block))
+
+
+@pytest.mark.parametrize("name", WITH_BYTES)
+def test_random_layers_on_bytes_agree_with_the_reference(name: str, trials: int) -> None:
+    target = native(name)
+    rng = np.random.default_rng(WITH_BYTES.index(name))
+    check(target, [("sparse-vectors", random_byte_case(target.block, rng)) for _ in range(trials // 10)])
 
 
 def check(target: Target, found: list[tuple[str, Case]]) -> None:

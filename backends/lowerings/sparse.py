@@ -60,10 +60,13 @@ def _sum(kernel: Kernel, node: Node, cut: Lists, channel: Value, read: Read) -> 
         with kernel.loop(last, start=first) as entry:
             place = kernel.bind(kernel.value(places, (entry,)))
             for number in range(cut.group):
-                # What fills up the last group is zero: channels behind the last one are read as the last one.
-                read_at = tirx.min(place + number, cut.inputs - 1) if cut.inputs % cut.group else place + number
-                weight = kernel.value(values, (entry, lane * cut.group + number))
-                product = cast(weight, dtype) * cast(read(tap, read_at), dtype)
+                # What fills up the last group counts for nothing: there the last channel is read instead.
+                read_at = place + number
+                weight = cast(kernel.value(values, (entry, lane * cut.group + number)), dtype)
+                if cut.inputs % cut.group:
+                    weight = tirx.Select(read_at < cut.inputs, weight, constant(0, dtype))
+                    read_at = tirx.min(read_at, cut.inputs - 1)
+                product = weight * cast(read(tap, read_at), dtype)
                 kernel.store(register, where, kernel.load(register, where) + product)
     total = kernel.load(register, where)
     if bias:

@@ -210,9 +210,9 @@ class SparseConv2d(_Sparse):
             _sample(cls(6, 7, (1, 1), 4, 7, layout="NCHW4c", out_layout="NCHW4c"), (1, 2, 3, 5, 4), 9),
             _sample(cls(6, 5, (3, 3), 4, 5, padding=pad, group=4, pad_value=7), (1, 5, 6, 7), 20, (6,), dtype="uint8"),
             _sample(
-                cls(6, 12, (1, 1), 8, 8, padding=pad, layout="NCHW8c", out_layout="NCHW8c", group=4, pad_value=-3),
-                (1, 2, 3, 5, 8),
-                *(2, (8,)),
+                cls(6, 12, (1, 1), 4, 8, padding=pad, layout="NCHW4c", out_layout="NCHW4c", group=4, pad_value=-3),
+                (1, 3, 3, 5, 4),
+                *(4, (8,)),
                 dtype="int8",
             ),
         ]

@@ -32,6 +32,7 @@ from paring.passes.prepack import Prepack
 from paring.passes.scale_weights import ScaleWeights
 from paring.passes.sink_reshapes import SinkReshapes
 from paring.passes.sparsify import Sparsify
+from paring.passes.winograd import Winograd
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
@@ -48,6 +49,7 @@ PASSES: dict[str, type[Pass]] = {
         Prepack,
         ScaleWeights,
         Sparsify,
+        Winograd,
         Fuse,
     )
 }
@@ -87,6 +89,7 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "cse",
         "dce",
         "sparsify{{block={block}, span={span}, pixels={pixels}, start={start}, gather={gather}}}",
+        "winograd{{block={block}, group={group}, ratio={winograd}, far={far}}}",
         "fuse",
     ),
 }

@@ -197,9 +197,8 @@ def heads(b: Quantizing) -> Node:
 
 STEPS: tuple[tuple[Callable[[Quantizing], Node], float], ...] = (
     *((step, 3.0) for step in (layer, residual)),
-    *((step, 1.0) for step in (window, gate, table, pooling, moving)),
-    (attention, 0.5),
-    (heads, 0.5),
+    *((step, 1.0) for step in (gate, table, pooling, moving)),
+    *((step, 0.5) for step in (window, attention, heads)),
 )
 
 

@@ -204,8 +204,14 @@ def _compile(
         for name in names:
             with _blamed(name, steps[name]):
                 lowered.append(lower(name, functions[name], machine))
-        with _blamed(", ".join(names), steps[names[0]]):
+        try:
             write_object(lowered, machine, path)
+        except Exception:
+            # Compiled alone, the one at fault is named.
+            for name, module in zip(names, lowered, strict=True):
+                with _blamed(name, steps[name]):
+                    write_object([module], machine, path)
+            raise
         return path
 
     objects = []

@@ -24,6 +24,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.support import cc
 
+from paring.backends.codegen import lower, write_object
 from paring.backends.families import lower_region
 from paring.backends.kernel import tvm_target
 from paring.backends.memory import Plan, Step, plan, storage_bytes
@@ -37,6 +38,9 @@ from paring.ir.types import TensorType
 Progress = Callable[[int, int, str], None]
 
 COMPILERS = ("c++", "g++", "clang++")
+# Kernels are dealt out to so many modules of LLVM: a module takes 10 ms on top of its kernels, but is compiled by one thread.
+# The same number on each machine, so that the library has the same bytes.
+MODULES = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,24 +195,33 @@ class _Main:
 def _compile(
     functions: dict[str, tirx.PrimFunc], steps: dict[str, Step], target: Target, folder: Path, report: _Reporter
 ) -> list[str]:
-    """An object file for each kernel, compiled side by side (TVM lets go of the GIL), in the order of their names."""
+    """Object files with all kernels, compiled side by side (TVM lets go of the GIL), in the order of their names."""
     machine = tvm_target(target)
 
-    def compile_kernel(name: str) -> str:
-        path = str(folder / f"{name}.o")
-        with _blamed(name, steps[name]):
-            # Else TVM puts registers of different widths into one buffer, which LLVM then writes piece by piece.
-            with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-                library = tvm.tirx.build(tvm.IRModule({name: functions[name]}), target=machine)
-            library.write_to_file(path)
+    def compile_kernels(names: Sequence[str]) -> str:
+        path = str(folder / f"{names[0]}.o")
+        lowered = []
+        for name in names:
+            with _blamed(name, steps[name]):
+                lowered.append(lower(name, functions[name], machine))
+        try:
+            write_object(lowered, machine, path)
+        except Exception:
+            # Compiled alone, the one at fault is named.
+            for name, module in zip(names, lowered, strict=True):
+                with _blamed(name, steps[name]):
+                    write_object([module], machine, path)
+            raise
         return path
 
     objects = []
     names = sorted(functions)
+    groups = [names[first::MODULES] for first in range(min(MODULES, len(names)))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, path in zip(names, pool.map(compile_kernel, names), strict=True):
+        for group, path in zip(groups, pool.map(compile_kernels, groups), strict=True):
             objects.append(path)
-            report(name)
+            for name in group:
+                report(name)
     return objects
 
 

@@ -22,6 +22,7 @@ from paring.backends.schedules import (
     rows,
     sparse_rows,
     sparse_vectors,
+    winograd,
 )
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
@@ -43,6 +44,7 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family("depthwise", depthwise.find, depthwise.knobs, depthwise.emit),
     Family("conv", conv.find, conv.knobs, conv.emit),
+    Family("winograd", winograd.find, winograd.knobs, winograd.emit),
     Family("gemm", gemm.find, gemm.knobs, gemm.emit),
     Family("sparse-vectors", sparse_vectors.find, sparse_vectors.knobs, sparse_vectors.emit),
     Family("sparse-rows", sparse_rows.find, sparse_rows.knobs, sparse_rows.emit),

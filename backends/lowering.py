@@ -13,6 +13,7 @@ from paring.backends.lowerings.movement import MOVEMENT
 from paring.backends.lowerings.product import PRODUCTS
 from paring.backends.lowerings.reduce import REDUCTIONS
 from paring.backends.lowerings.sparse import SPARSE
+from paring.backends.lowerings.winograd import WINOGRAD
 from paring.backends.scalar import SCALARS, takes_vectors
 from paring.backends.vecmath import cast, dtype_of
 from paring.ir.graph import Node
@@ -35,5 +36,6 @@ LOWERINGS: dict[type, Lowering] = {
     **REDUCTIONS,
     **PRODUCTS,
     **SPARSE,
+    **WINOGRAD,
     **IMAGES,
 }

@@ -21,7 +21,8 @@ class Target:
 
     `elf_machine`: what the ELF header of its libraries says. `lanes`: float32 elements of a vector register. `registers`:
     vector registers. `l1`, `l2`: data caches of one core, bytes. `block`: channels of a blocked layout. `dot`: the
-    instructions that sum products of bytes, a name in `schedules/dot.py`, and `group` the channels that they take at a time.
+    instructions that sum products of bytes, a name in `schedules/dot.py`, and `group` the channels that they take at a time;
+    `winograd`: how many products of two 16-bit channels take as long as one of these, and 0 where no schedule has them.
     `list_start`, `gather`: what sparse layers take beside multiply-adds, in multiply-adds of a vector: to start a list, and to
     gather a vector of pixels; `entry`: what an entry of 8-bit integers takes, in steps of the dense layer, which prepares pixels
     once for two blocks of outputs. `paring bench --suite sparse` shows what comes of them.
@@ -41,6 +42,7 @@ class Target:
     block: int
     dot: str = ""
     group: int = 1
+    winograd: float = 0.0
     tables: str = ""
     list_start: float = 14.0
     gather: float = 10.0
@@ -67,7 +69,13 @@ class Target:
         return {
             **{"block": self.block, "group": self.group, "span": self.span, "pixels": PIXELS},
             **{"start": self.list_start, "gather": self.gather, "entry": self.entry},
+            **{"winograd": self.winograd, "far": self.far},
         }
+
+    @property
+    def far(self) -> float:
+        """Cycles of all cores for a byte from memory."""
+        return self.clock * self.cores / self.bandwidth
 
     @property
     def span(self) -> int:
@@ -88,6 +96,7 @@ _AVX2 = Target(
     block=8,
     dot="madd",
     group=4,
+    winograd=2.0,
     needs=("avx2", "fma"),
 )
 _AVX512 = Target(
@@ -98,6 +107,7 @@ _AVX512 = Target(
     block=16,
     dot="madd",
     group=4,
+    winograd=2.0,
     tables="vpermi2d",
     features=("-prefer-256-bit",),
     needs=("avx512f", "avx512dq", "avx512bw", "avx512vl"),
@@ -128,13 +138,22 @@ TARGETS: dict[str, Target] = {
     for t in (
         REFERENCE,
         _AVX2,
-        replace(_AVX2, name="x86-avx2-vnni", dot="vnni", entry=1.0, features=("+avxvnni",), needs=(*_AVX2.needs, "avx_vnni")),
+        replace(
+            _AVX2,
+            name="x86-avx2-vnni",
+            dot="vnni",
+            winograd=1.0,
+            entry=1.0,
+            features=("+avxvnni",),
+            needs=(*_AVX2.needs, "avx_vnni"),
+        ),
         _AVX512,
         replace(
             _AVX512,
             name="x86-vnni",
             dot="vnni",
             entry=1.0,
+            winograd=1.0,
             features=(*_AVX512.features, "+avx512vnni"),
             needs=(*_AVX512.needs, "avx512_vnni"),
         ),

@@ -33,8 +33,10 @@ from paring.ir.ops.shape import Broadcast
 from paring.ir.ops.sparse import Lists, SparseConv2d, SparseLinear
 from paring.passes.fuse import Fuse
 from paring.passes.manager import run_pass
+from paring.passes.pipelines import pipeline
 from paring.passes.rewriter import Context
 from paring.passes.sparsify import Sparsify
+from paring.passes.winograd import Winograd
 
 # Calls of each kernel in a round.
 CALLS = 20
@@ -162,7 +164,8 @@ SERIES: dict[str, Series] = {
 class Record:
     """One mask of one layer. `bound`: the speed that loads and multiply-adds allow, relative to the dense layer's peak.
 
-    `chosen`: the format that `sparsify` takes by itself. `error` says why there is no time.
+    Where the dense layer is computed by tiles, that is what the model of `winograd` says of it. `chosen`: the format that
+    `sparsify` takes by itself. `error` says why there is no time.
     """
 
     layer: str
@@ -222,10 +225,14 @@ class _Bench:
             shape = (1, layer.inputs // target.block, layer.size, layer.size, target.block)
         self.x = Node(Input("x", layer.dtype, shape))
         self.bytes = layer.dtype == "uint8"
+        own = pipeline(target.pipeline, target.pipeline_options())
+        (self.thin,) = (each for each in own if isinstance(each, Sparsify))
+        (self.tiles,) = (each for each in own if isinstance(each, Winograd))
         self.bias = _constant(self._random((layer.outputs,), "int32" if self.bytes else "float32"))
 
     def run(self, rounds: int) -> list[Record]:
-        dense = self.dense(np.ones(self.layer.weight, bool))
+        direct = self.dense(np.ones(self.layer.weight, bool))
+        dense = run_pass(self.tiles, Graph((self.x,), (direct,)), Context()).outputs[0]
         settings = [
             (name, series, zeros)
             for name, series in SERIES.items()
@@ -245,7 +252,7 @@ class _Bench:
         found = []
         for (name, series, zeros), mask, time, error in zip(settings, masks, times[1:], failures[1:], strict=True):
             dense_us, sparse_us = (None, None) if error else (times[0], time)
-            bound, auto = self.bound(series.format, mask), self.chosen(mask)
+            bound, auto = self.bound(series.format, mask) / self.tiles.gain(direct), self.chosen(mask)
             found.append(
                 Record(self.name, name, series.format, round(zeros, 3), self.threads, dense_us, sparse_us, bound, auto, error)
             )
@@ -280,8 +287,7 @@ class _Bench:
         return Node(Requantize(128), (layer, *wide))
 
     def sparse(self, mask: Array, format: str) -> Node:
-        chosen: Any = Sparsify(**self.target.pipeline_options(), format=format)  # type: ignore[arg-type]
-        return run_pass(chosen, Graph((self.x,), (self.dense(mask),)), Context()).outputs[0]
+        return run_pass(replace(self.thin, format=format), Graph((self.x,), (self.dense(mask),)), Context()).outputs[0]
 
     def chosen(self, mask: Array) -> str:
         node = self.sparse(mask, "auto")

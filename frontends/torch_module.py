@@ -17,7 +17,7 @@ from paring.frontends.torch_ops import TORCH, compute, is_plain
 from paring.ir.errors import ArgumentError, InputError, UnsupportedOpsError, a_kind
 from paring.ir.graph import Graph, Node, rebuild
 from paring.ir.op import Array, Op
-from paring.ir.ops import binary, conv, index, linear, norm, pack, pool, shape, sparse
+from paring.ir.ops import binary, conv, index, linear, norm, pack, pool, shape, sparse, winograd
 from paring.ir.ops.core import Const, Input, Region
 
 # By operator class which operands are learned, by their position, and what they are called.
@@ -40,7 +40,10 @@ LEARNED: dict[type[Op], dict[int, str]] = {
 # Of these a matrix may be masked, or tied on purpose; vectors and norms are not.
 MATRICES = (conv.Conv2d, conv.ConvTranspose2d, linear.Linear, linear.Matmul, index.Gather)
 ARITHMETIC = (binary.Add, binary.Sub, binary.Mul, binary.Div)
-LOWERED = (Region, shape.LayoutTransform, pack.PackConvWeight, pack.PackLinearWeight, sparse.SparseConv2d, sparse.SparseLinear)
+LOWERED = (
+    *(Region, shape.LayoutTransform, pack.PackConvWeight, pack.PackLinearWeight),
+    *(sparse.SparseConv2d, sparse.SparseLinear, winograd.WinogradConv2d),
+)
 # A constant beyond this that is added is a mask: minus infinity written as a number.
 MOST_SHIFT = 1000.0
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.core import Const, Region
+from paring.ir.ops.winograd import WinogradConv2d
 from paring.ir.types import BYTES, DTYPES
 
 FLOAT_BYTES = DTYPES["float32"].bits // 8
@@ -26,13 +27,16 @@ def integer_macs(node: Node) -> int:
 
 
 def saved_bytes(graph: Graph) -> int:
-    """How many bytes less its 8-bit weights take than they would in float32, each counted once, as they are packed."""
+    """How many bytes less the weights of its products of bytes take than they would in float32, each counted once, as packed."""
     saved: dict[str, int] = {}
     for node in graph.nodes():
         for product, _, outside in products(node):
             weight = outside.get(product.inputs[1], product.inputs[1])
-            if isinstance(weight.op, Const) and weight.type.dtype in BYTES:
-                saved[weight.op.digest] = weight.type.size * FLOAT_BYTES - weight.type.bytes
+            if not isinstance(weight.op, Const) or product.inputs[0].type.dtype not in BYTES:
+                continue
+            # Of a transformed weight there are four numbers for each of the plain one.
+            plain = weight.type.size // 4 if isinstance(product.op, WinogradConv2d) else weight.type.size
+            saved[weight.op.digest] = plain * FLOAT_BYTES - weight.type.bytes
     return sum(saved.values())
 
 

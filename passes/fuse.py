@@ -7,7 +7,22 @@ from dataclasses import dataclass
 
 from paring.ir.graph import Graph, Node
 from paring.ir.op import Op
-from paring.ir.ops import ELEMENTWISE, POINTWISE, attention, conv, index, linear, norm, pool, reduce, scan, shape, sparse, unary
+from paring.ir.ops import (
+    ELEMENTWISE,
+    POINTWISE,
+    attention,
+    conv,
+    index,
+    linear,
+    norm,
+    pool,
+    reduce,
+    scan,
+    shape,
+    sparse,
+    unary,
+    winograd,
+)
 from paring.ir.ops.core import Const, Input, Region
 from paring.ir.types import BYTES
 from paring.passes.base import Pass
@@ -26,7 +41,7 @@ MOVEMENT: tuple[type[Op], ...] = (
 # Kernels with many multiply-accumulates: their operands are read many times, so nothing is computed inside those reads.
 HEAVY: tuple[type[Op], ...] = (
     *(conv.Conv2d, conv.ConvTranspose2d, linear.Linear, linear.Matmul),
-    *(sparse.SparseConv2d, sparse.SparseLinear),
+    *(sparse.SparseConv2d, sparse.SparseLinear, winograd.WinogradConv2d),
 )
 # Kernels that read each operand element a few times: cheap elementwise producers may be computed where they are read.
 LIGHT: tuple[type[Op], ...] = (

@@ -32,6 +32,7 @@ from paring.passes.prepack import Prepack
 from paring.passes.scale_weights import ScaleWeights
 from paring.passes.sink_reshapes import SinkReshapes
 from paring.passes.sparsify import Sparsify
+from paring.passes.winograd import Winograd
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
@@ -48,6 +49,7 @@ PASSES: dict[str, type[Pass]] = {
         Prepack,
         ScaleWeights,
         Sparsify,
+        Winograd,
         Fuse,
     )
 }
@@ -86,7 +88,9 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         "canonicalize",
         "cse",
         "dce",
-        "sparsify{{block={block}, span={span}, group={group}, pixels={pixels}, start={start}, gather={gather}, entry={entry}}}",
+        "sparsify{{block={block}, span={span}, group={group}, pixels={pixels}, start={start}, gather={gather}, entry={entry}, "
+        "ratio={winograd}, far={far}}}",
+        "winograd{{block={block}, group={group}, ratio={winograd}, far={far}}}",
         "fuse",
     ),
 }

@@ -19,6 +19,7 @@ from paring.passes.contract import Exact
 from paring.passes.pattern import Match, Rule, op
 from paring.passes.rewriter import Context
 from paring.passes.util import const_value, constant, is_const, layer_name
+from paring.passes.winograd import Winograd
 
 FORMATS = ("auto", "vectors", "rows", "none")
 # A sparse layer has to be faster than the dense one by this factor, which is about what the model errs by.
@@ -36,7 +37,8 @@ class _Layer:
     """A dense layer as the model of costs sees it: `pixels` of each image, and its weight (O, I, ...) without padding.
 
     `group`: input channels that one instruction multiplies, 1 for floats. `single`: whether single weights have kernels, which is
-    so for floats where x is read in blocks of channels as wide as those of the result.
+    so for floats where x is read in blocks of channels as wide as those of the result. `gain`: how many times as fast the dense
+    layer will be by the passes behind this one.
     """
 
     images: int
@@ -44,6 +46,7 @@ class _Layer:
     weight: Array
     group: int
     single: bool
+    gain: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,7 +69,8 @@ class Sparsify(Pass):
     `block` is the width of a stored vector, of 8-bit integers by `group` input channels (1: they stay dense); `span` the number
     of input channels in a list of single weights (what stays in the first cache), `pixels` the tile of those that share a stored
     weight. `start` and `gather` are costs of the target, in multiply-adds of a vector: to start a list, and to gather a vector of
-    pixels; `entry` that of an entry of 8-bit integers, in steps of the dense layer. `format`: the fastest by these (auto), or
+    pixels; `entry` that of an entry of 8-bit integers, in steps of the dense layer. `ratio` and `far` are those of `winograd`,
+    which makes layers that stay dense faster (0: it does not run). `format`: the fastest by these (auto), or
     vectors or rows wherever there are zeros, or none.
     """
 
@@ -79,6 +83,8 @@ class Sparsify(Pass):
     start: float = 14.0
     gather: float = 10.0
     entry: float = 1.0
+    ratio: float = 0.0
+    far: float = 0.0
     format: str = "auto"
 
     def check(self) -> None:
@@ -134,7 +140,8 @@ class Sparsify(Pass):
             return m.decline(reason)
         weight = lay.unblock_conv_weight(const_value(packed))[:o, :i]
         n, _, h, w, _ = m.root.type.shape
-        choice = self._choose(m, _Layer(n, h * w, weight, group, group == 1 and blocks[0] == b))
+        gain = Winograd(self.block, self.group, self.ratio, self.far).gain(m.root)
+        choice = self._choose(m, _Layer(n, h * w, weight, group, group == 1 and blocks[0] == b, gain))
         if choice is None:
             return None
         kernel, cut = (weight.shape[2], weight.shape[3]), choice.cut
@@ -190,7 +197,8 @@ class Sparsify(Pass):
         o, i, taps = layer.shape
         # A dense layer loads a vector of weights beside the multiply-adds of a tile of columns, as one with stored vectors does.
         columns = max(1, min(COLUMNS, layer.pixels))
-        dense = layer.images * layer.pixels * ceil(o / self.block) * ceil(i / layer.group) * taps * (1 + 1 / columns)
+        steps = ceil(o / self.block) * ceil(i / layer.group) * taps
+        dense = layer.images * layer.pixels * steps * (1 + 1 / columns) / layer.gain
         found = [self._vectors(layer)] + ([self._rows(layer)] if layer.single else [])
         if self.format != "auto":
             forced = [choice for choice in found if choice.name == self.format]

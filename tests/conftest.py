@@ -27,6 +27,7 @@ settings.load_profile("ci")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what the pipelines give into tests/golden/*.ir")
     parser.addoption("--graphs", type=int, default=500, help="how many random graphs go through whole pipelines")
+    parser.addoption("--first", type=int, default=0, help="the graph to go on with, where a long run was interrupted")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -55,6 +56,6 @@ def trials(request: pytest.FixtureRequest) -> int:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Random graphs are tried in parts, so that workers share them and no test runs into its time limit."""
     if "seeds" in metafunc.fixturenames:
-        count = int(metafunc.config.getoption("--graphs"))
-        parts = [range(start, min(start + GRAPHS_IN_A_PART, count)) for start in range(0, count, GRAPHS_IN_A_PART)]
+        first, count = (int(metafunc.config.getoption(option)) for option in ("--first", "--graphs"))
+        parts = [range(start, min(start + GRAPHS_IN_A_PART, count)) for start in range(first, count, GRAPHS_IN_A_PART)]
         metafunc.parametrize("seeds", parts, ids=[str(part.start) for part in parts])

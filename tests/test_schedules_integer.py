@@ -7,19 +7,23 @@ from itertools import product
 
 import numpy as np
 import pytest
+import tvm
 
 from paring.backends import emulator_build
 from paring.backends.build import build
 from paring.backends.devices import open_executable
-from paring.backends.families import choose
+from paring.backends.families import choose, lower_region
+from paring.backends.kernel import tvm_target
+from paring.backends.schedules.winograd import WinogradKnobs
 from paring.backends.targets import TARGETS, Target, missing_flags
 from paring.ir import Graph, Input, Node, interpret, show
 from paring.ir.op import Array
 from paring.ir.ops import pack, quantized, shape
 from paring.ir.ops.attention import IntegerAttention
-from paring.ir.ops.conv import Conv2d
+from paring.ir.ops.conv import Conv2d, Padding
 from paring.ir.ops.core import Const, Region
 from paring.ir.ops.linear import Linear
+from paring.ir.ops.winograd import WinogradConv2d, transformed_weight
 from paring.passes.manager import run_pipeline
 from paring.passes.pipelines import parse_pipeline
 
@@ -27,6 +31,14 @@ HEADS = ((2, 1, 5, 3, 6, 5), (1, 2, 33, 50, 30, 18), (1, 1, 1, 9, 4, 70), (1, 3,
 SIGNS = (("uint8",) * 3, ("int8", "uint8", "int8"), ("int8",) * 3)
 MASKS = ("bool", "", "causal")
 MACHINES = [name for name, target in TARGETS.items() if target.arch == "x86_64"]
+# Channels, image, results, padding: whole and partial tiles and blocks, images of less than a tile, wide and missing borders.
+TILED: tuple[tuple[int, tuple[int, int], int, Padding], ...] = (
+    (16, (9, 12), 24, ((1, 1), (1, 1))),
+    (33, (5, 3), 8, ((0, 1), (2, 0))),
+    (40, (14, 30), 50, ((1, 1), (1, 1))),
+    (6, (3, 70), 33, ((3, 2), (1, 4))),
+    (64, (8, 8), 64, ((0, 0), (0, 0))),
+)
 ACTIVATIONS = (("uint8", 0), ("uint8", 200), ("int8", 0), ("int8", -9))
 
 
@@ -75,6 +87,16 @@ def convolution(target: Target, c: int, size: int, o: int, kernel: int, stride: 
         pad_value=zero,
     )
     return requantized(Node(op, (x, const(weight), const(bias))), x, rng, c * kernel * kernel)
+
+
+def winograd(target: Target, c: int, size: tuple[int, int], o: int, pads: Padding, dtype: str, zero: int) -> Graph:
+    """A 3x3 convolution by tiles of 4x4 results, two images."""
+    rng, b = np.random.default_rng((c, *size, o)), target.block
+    x = Node(Input("x", dtype, (2, -(-c // b), *size, b)))
+    weight = transformed_weight(extremes(rng, "int8", (o, c, 3, 3)), b)
+    bias = np.pad(rng.integers(-3000, 3000, o), (0, -o % b)).astype(np.int32)
+    op = WinogradConv2d(pads, f"NCHW{b}c", zero)
+    return requantized(Node(op, (x, const(weight), const(bias))), x, rng, c * 9)
 
 
 def narrow(target: Target, c: int, size: int, kernel: int, stride: int, group: int, dtype: str, zero: int) -> Graph:
@@ -141,6 +163,10 @@ def graphs(target: Target) -> list[tuple[str, Graph]]:
     return [
         *(("conv", convolution(target, *c, *x)) for c, x in product(convolutions, ACTIVATIONS)),
         *(("depthwise", narrow(target, *c, *x)) for c, x in product(images, ACTIVATIONS)),
+        *(
+            ("winograd", winograd(target, *c, *x))
+            for c, x in zip(TILED if target.winograd else (), (*ACTIVATIONS, *ACTIVATIONS), strict=False)
+        ),
         *(("gemm", linear(target, *c, x)) for c, x in product(layers, ("uint8", "int8"))),
         *(("gemm", looked_up(target, *c, x)) for c, x in product(layers[:3], ("uint8", "int8"))),
         *(("gemm", looked_up(target, 3, 9, out, "uint8")) for out in (1, 3, 11, 17, 30, 31)),
@@ -184,6 +210,26 @@ def assert_exact(target: Target, device: str | None, chosen: list[tuple[str, Gra
 def test_sums_of_bytes_are_exact(name: str) -> None:
     target = machine(name)
     assert_exact(target, None, graphs(target))
+
+
+@pytest.mark.parametrize("knobs", [(1, 1, 1), (2, 3, 2), (4, 8, 3)])
+def test_any_work_items_of_winograds_way_give_the_same_sums(knobs: tuple[int, int, int]) -> None:
+    target = machine("x86-avx2")
+    graph = winograd(target, 20, (14, 30), 33, ((1, 1), (1, 1)), "uint8", 7)
+    (region,) = graph.outputs
+    family, anchor = choose(region.op.body, target)
+    name = "items"
+    function = lower_region(region.op.body, target, name, WinogradKnobs(*knobs))
+    call = tvm.compile(tvm.IRModule({name: function}), target=tvm_target(target))[name]
+    rng = np.random.default_rng(0)
+    given = [_values(rng, i.type.dtype, i.type.shape) for i in graph.inputs]
+    (wanted,) = interpret(graph, given)
+    operands = [given[0] if node in graph.inputs else node.op.value for node in region.inputs]
+    result = tvm.runtime.tensor(np.zeros(wanted.size, wanted.dtype))
+    call(*(tvm.runtime.tensor(np.ascontiguousarray(a).ravel()) for a in operands), result)
+    assert family.name == "winograd"
+    assert anchor.op.name == "winograd_conv2d"
+    np.testing.assert_array_equal(result.numpy().reshape(wanted.shape), wanted)
 
 
 @pytest.mark.skipif(bool(emulator_build.missing()), reason=f"no emulated ARM: {', '.join(emulator_build.missing())}")

@@ -19,6 +19,7 @@ from paring.passes.ledger import measure
 from paring.passes.manager import Result, run_pipeline
 from paring.passes.pipelines import parse_pipeline, pipeline
 from paring.passes.sparsify import SPARSE, Sparsify
+from paring.passes.winograd import Winograd
 
 TARGET = TARGETS["x86-avx512"].pipeline_options()
 
@@ -135,6 +136,20 @@ def test_why_not() -> None:
     doubles = Node(Input("x", "float64", (64, 32)))
     layer = Node(linear.Linear(), (doubles, Node(Const(np.zeros((32, 32), "float64")))))
     assert "float64 has no sparse kernels" in reasons(compiled(Graph((doubles,), (layer,))))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("density", "wanted"), [(0.5, "dense"), (0.1, "vectors")])
+def test_a_layer_that_is_faster_by_tiles_is_judged_by_them(density: float, wanted: str) -> None:
+    """`winograd` stands behind: what it makes of a dense layer is what a sparse one has to beat."""
+    x = Node(Input("x", "uint8", (1, 64, 56, 56)))
+    weight = Node(Const(by_fours(density, 64, 64, 3, 3).astype("int8")))
+    graph = Graph((x,), (Node(conv.Conv2d(padding=((1, 1), (1, 1))), (x, weight)),))
+    result = compiled(graph)
+    assert format_of(result) == wanted
+    assert ("winograd_conv2d" in show(result.graph)) == (wanted == "dense")
+    direct = [replace(p, ratio=0.0) if isinstance(p, Sparsify | Winograd) else p for p in pipeline("blocked", TARGET)]
+    assert format_of(run_pipeline(graph, direct)) == "vectors"
 
 
 @pytest.mark.fast

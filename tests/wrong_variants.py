@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import wrong_qdq
 import wrong_sparse
+import wrong_winograd
 
 from paring.ir import Graph, Node, Region
 from paring.ir.ops import attention, binary, linear, norm, pack, pool, reduce, shape, unary
@@ -492,5 +493,6 @@ WRONG: dict[str, tuple[Rewrite, ...]] = {
     "gate-to-weights": (_gated_weights(gate_outputs=True), _gated_weights(gate_outputs=False)),
     **wrong_qdq.WRONG,
     **wrong_sparse.WRONG,
+    **wrong_winograd.WRONG,
 }
 """By rule: rewrites to put in place of the right one."""

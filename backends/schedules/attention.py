@@ -104,6 +104,8 @@ def knobs(anchor: Node, target: Target) -> AttentionKnobs:
     heads = sizes.batch * sizes.heads
     # Each chunk packs its keys again, so chunks are long; but every core should have some.
     wanted = -(-2 * target.cores // heads) if heads % target.cores else 1
+    # No more rows than the widest tile has.
+    rows = -(-sizes.queries // tiles)
     return AttentionKnobs(rows, vectors, max(1, min(wanted, tiles // 4)))
 
 

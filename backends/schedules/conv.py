@@ -131,7 +131,7 @@ def find(body: Graph, target: Target) -> Node | None:
     assert isinstance(op, Conv2d)
     b = lay.channel_block(op.out_layout)
     blocks, block_in = lay.weight_blocks(op.weight_layout), lay.channel_block(op.layout)
-    if op.algorithm != "direct" or blocks is None or dot is None:
+    if blocks is None or dot is None:
         return None
     if (
         b is None

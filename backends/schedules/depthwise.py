@@ -50,7 +50,7 @@ def find(body: Graph, target: Target) -> Node | None:
     op, b = node.op, target.block
     assert isinstance(op, Conv2d)
     tail = lay.weight_tail(op.weight_layout)
-    if op.algorithm != "direct" or (lay.channel_block(op.layout), lay.channel_block(op.out_layout), tail[1:]) != (b, b, (b,)):
+    if (lay.channel_block(op.layout), lay.channel_block(op.out_layout), tail[1:]) != (b, b, (b,)):
         return None
     blocks, inputs = node.inputs[1].type.shape[:2]
     return node if inputs == 1 and op.groups * tail[0] == blocks * b and b % tail[0] == 0 else None

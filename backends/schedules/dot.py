@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from paring.backends import wrapping
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant, splat
 from paring.backends.targets import Target
 from paring.backends.vecmath import full, lanes_in, part, reinterpret
@@ -148,6 +149,33 @@ class Madd(_Bytes):
         return sums
 
 
+@dataclass(frozen=True)
+class Pairs(Dot):
+    """Two 16-bit channels at a time, in int32 lanes, modulo 2^32. A pixel is an int32 of its two channels."""
+
+    depth: int = 2
+    dtype: str = "int32"
+
+    def pixel(self, kernel: Kernel, buffer: object, offset: Scalar, count: int) -> Value:
+        return reinterpret(kernel.load(buffer, Lanes(offset, 2)), "int32", lanes=1)
+
+    def add(self, sums: Value, pixel: Value, weights: Value) -> Value:
+        """x86's vpmaddwd, whose pair of products cannot overflow unless all four factors are -2^15."""
+        lanes = lanes_in(sums)
+        pixels = reinterpret(splat(pixel, lanes), "int16", lanes=2 * lanes)
+        return wrapping.add(sums, _intrinsic(Madd.NAMES[lanes], pixels, weights, like=sums))
+
+
+@dataclass(frozen=True)
+class VnniPairs(Pairs):
+    """x86's vpdpwssd, which adds them as well."""
+
+    def add(self, sums: Value, pixel: Value, weights: Value) -> Value:
+        lanes = lanes_in(sums)
+        pixels = reinterpret(splat(pixel, lanes), "int16", lanes=2 * lanes)
+        return _intrinsic(f"llvm.x86.avx512.vpdpwssd.{32 * lanes}", sums, pixels, weights)
+
+
 def _even(pairs: Value) -> Value:
     """The lower signed byte of each 16 bits."""
     return (pairs << full(pairs, 8)) >> full(pairs, 8)
@@ -161,6 +189,7 @@ def _intrinsic(name: str, *operands: Value, like: Value | None = None) -> Value:
     return T.call_llvm_pure_intrin(str((operands[0] if like is None else like).ty.dtype), name, *operands)
 
 
+PAIRS: dict[str, Pairs] = {"vnni": VnniPairs(), "madd": Pairs()}
 INTEGER: dict[str, type[_Bytes]] = {"vnni": Vnni, "madd": Madd, "sdot": Sdot, "widen": Widen}
 
 

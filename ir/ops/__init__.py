@@ -20,12 +20,13 @@ from paring.ir.ops import (
     shape,
     sparse,
     unary,
+    winograd,
 )
 
 ALL: tuple[type[Op], ...] = (
     *(core.Input, core.Const, core.Region),
     *(conv.Conv2d, conv.ConvTranspose2d, linear.Linear, linear.Matmul),
-    *(sparse.SparseConv2d, sparse.SparseLinear),
+    *(sparse.SparseConv2d, sparse.SparseLinear, winograd.WinogradConv2d),
     *(unary.Relu, unary.Clamp, unary.LeakyRelu, unary.Elu, unary.Silu, unary.Gelu, unary.HardSwish, unary.HardSigmoid),
     *(unary.Sigmoid, unary.Tanh, unary.Exp, unary.Log, unary.Sqrt, unary.Rsqrt, unary.Erf, unary.Sin, unary.Cos, unary.Abs),
     *(unary.Neg, unary.Floor, unary.Ceil, unary.Round, unary.Sign, unary.LogicalNot, unary.Cast),

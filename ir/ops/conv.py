@@ -13,8 +13,6 @@ from paring.ir.types import TensorType
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
-ALGORITHMS = ("direct",)
-
 
 def conv_extent(size: int, kernel: int, stride: int, padding: Pair, dilation: int) -> int:
     """Output size along one dimension; negative or zero where the kernel does not fit."""
@@ -28,7 +26,6 @@ class Conv2d(Op):
     `layout` is that of x, `out_layout` that of the result, `weight_layout` that of the weight. With a blocked `out_layout`
     the result's channels are the weight's padded ones and bias is padded likewise. Where blocks are not full, `in_channels`
     and `out_channels` are the plain numbers (0: all of them): what lies beyond is not read, and zero in the result.
-    `algorithm` names the way a backend computes it; it never changes the meaning.
 
     On floats, or on 8-bit integers x with int8 weights and int32 bias: then sums are int32, and `pad_value` is what stands in
     the padding (the zero point of x).
@@ -46,7 +43,6 @@ class Conv2d(Op):
     in_channels: int = 0
     out_channels: int = 0
     pad_value: int = 0
-    algorithm: str = "direct"
 
     def _plain_shapes(self, x: TensorType, w: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
         block, blocks = lay.channel_block(self.layout), lay.weight_blocks(self.weight_layout)
@@ -66,7 +62,6 @@ class Conv2d(Op):
         x, w = types[:2]
         dtype = product_dtype(*types)
         require(self.pad_value == 0 or dtype == "int32", "floats are padded with zeros only")
-        require(self.algorithm in ALGORITHMS, f"unknown algorithm {self.algorithm!r}", hint=f"known: {', '.join(ALGORITHMS)}")
         require(min(*self.stride, *self.dilation, self.groups) >= 1, "stride, dilation and groups are positive")
         require(min(map(min, self.padding)) >= 0, "padding is not negative", hint="slice the input instead")
         (n, c, h, wd), (o, i, kh, kw) = self._plain_shapes(x, w)

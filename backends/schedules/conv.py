@@ -155,7 +155,7 @@ def knobs(node: Node, target: Target) -> ConvKnobs:
         columns, blocks = tile_height(target, shape.block, 2), 1
     else:
         blocks = 2 if 2 * 2 * depth * shape.block * 4 <= target.l2 // 2 else 1
-        columns = tile_height(target, shape.block, blocks)
+        columns = max(1, tile_height(target, shape.block, blocks) - dot.uniform)
     columns = min(columns, shape.out_width)
     # An image of a few pixels gives too few sums of its own.
     blocks = max(blocks, -(-CHAINS // columns)) if columns * 2 <= CHAINS else blocks

@@ -107,7 +107,7 @@ def knobs(node: Node, target: Target) -> GemmKnobs:
     if overlaps(target, shape.positions):
         return GemmKnobs(tile_height(target, shape.lanes, 2), 1)
     vectors = min(4 if shape.rows <= 4 else 3, shape.vectors)
-    return GemmKnobs(tile_height(target, shape.lanes, vectors), vectors)
+    return GemmKnobs(max(1, tile_height(target, shape.lanes, vectors) - dot_of(node, target).uniform), vectors)
 
 
 def emit(kernel: Kernel, anchor: Node, knobs: GemmKnobs) -> None:

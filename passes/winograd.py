@@ -84,7 +84,7 @@ class Winograd(Pass):
         if {lay.channel_block(layer.layout), lay.channel_block(layer.out_layout)} != {self.block}:
             return f"it does not run in blocks of {self.block} channels"
         if (faster := self._speedup(node.type.shape, *self._channels(node))) < MARGIN:
-            return f"it would take {1 / faster:.2f} times what the direct one takes"
+            return f"it would be {faster:.2f} times as fast as the direct one, and the model errs by {MARGIN - 1:.0%}"
         if (most := greatest_sum(self._weight(node), x.type.dtype)) >= LIMIT:
             return f"its sums reach {most}, and only those below 2^25 come out right"
         return ""

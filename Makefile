@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .constraints.txt
 
+# A minute of processor time for 64 graphs.
+COMPILED := tests/test_quantized_graphs.py::test_many_random_quantized_graphs_have_the_same_bits_compiled
+
 .PHONY: demo test check lint types arm long bench coverage clean
 .DEFAULT_GOAL := demo
 
@@ -45,7 +48,8 @@ types: $(VENV)/dev
 	$(BIN)/python -m paring.bench.typecheck
 
 long: $(VENV)/dev arm  ## the long tiers, by command
-	$(BIN)/python -m pytest -m "slow or not slow" -n 2 -q --graphs 100000
+	$(BIN)/python -m pytest -m "slow or not slow" -n 2 -q --graphs 100000 --deselect $(COMPILED)
+	$(BIN)/python -m pytest $(COMPILED) -n 2 -q --graphs 10000
 
 bench: $(VENV)/bench  ## the benchmark tables of the README
 	$(BIN)/paring bench --suite cnn --peers eager,inductor,ort,openvino --threads 2

@@ -49,7 +49,7 @@ types: $(VENV)/dev
 
 long: $(VENV)/dev arm  ## the long tiers, by command
 	$(BIN)/python -m pytest -m "slow or not slow" -n 2 -q --graphs 100000 --deselect $(COMPILED)
-	$(BIN)/python -m pytest $(COMPILED) -n 2 -q --graphs 10000
+	$(BIN)/python -m pytest $(COMPILED) -m slow -n 2 -q --graphs 10000
 
 bench: $(VENV)/bench  ## the benchmark tables of the README
 	$(BIN)/paring bench --suite cnn --peers eager,inductor,ort,openvino --threads 2

@@ -187,7 +187,7 @@ class _Main:
         place = [builder.r(storage), builder.imm(offset), buffer_shape(type), tvm.DataType(type.dtype)]
         builder.emit_call("vm.builtin.alloc_tensor", place, builder.r(register))
         if offset:
-            # alloc_tensor keeps the offset beside the pointer, which kernels refuse; this makes a view with a moved pointer.
+            # alloc_tensor keeps the offset beside the pointer, where no kernel looks; this makes a view with a moved pointer.
             builder.emit_call("vm.builtin.ensure_zero_offset", [builder.r(register)], builder.r(register))
         return register
 

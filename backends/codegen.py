@@ -7,15 +7,13 @@ from tvm import s_tir, tirx
 from tvm.tirx.build import codegen_build
 
 # Those of TVM's pipeline for scheduled TIR that change our TIR (`tests/test_codegen.py` compares): no blocks, no threads of GPUs,
-# no small floats, no buffers larger than what is used of them. StorageRewrite would change it, for the worse: it puts registers
-# of different widths into one buffer, which LLVM then writes piece by piece. Checks of arguments are taken out: `build.py` writes
-# every call, and the runtime checks what users give.
+# no loops to be unrolled or made vectors, no small floats, no buffers larger than what is used of them. StorageRewrite would
+# change it, for the worse: it puts registers of different widths into one buffer, which LLVM then writes piece by piece. Checks
+# of arguments are taken out: `build.py` writes every call, and the runtime checks what users give.
 PASSES: tuple[tvm.transform.Pass, ...] = (
     s_tir.transform.CanonicalizeLoop(),
     s_tir.transform.StmtSimplify(),
     tirx.transform.FlattenBuffer(),
-    tirx.transform.VectorizeLoop(),
-    tirx.transform.UnrollLoop(),
     s_tir.transform.RenormalizeSplitPattern(),
     tirx.transform.StmtSimplify(),
     s_tir.transform.RewriteUnsafeSelect(),

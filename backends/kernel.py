@@ -195,12 +195,12 @@ class Kernel:
 
     @contextmanager
     def loop(self, extent: Scalar, kind: str = "serial", start: Scalar = 0) -> Iterator[Any]:
-        """A loop over [start, extent); kind: serial, parallel, unroll, vectorized. A single static turn emits no loop."""
+        """A loop over [start, extent); kind: serial, parallel. A single static turn emits no loop."""
         if isinstance(extent, int) and isinstance(start, int) and extent - start == 1:
             with self.scope():
                 yield start
             return
-        make = {"serial": T.serial, "parallel": T.parallel, "unroll": T.unroll, "vectorized": T.vectorized}[kind]
+        make = {"serial": T.serial, "parallel": T.parallel}[kind]
         with make(start, extent) as variable, self.scope():
             yield variable
 

@@ -19,9 +19,10 @@ import tvm_ffi
 from tvm import relax
 
 from paring.backends.build import Built, buffer_shape, kernel_name
+from paring.backends.manifest import REBUILD
 from paring.backends.memory import ALIGNMENT, Plan, Slot, Step
 from paring.backends.threads import THREADS
-from paring.ir.errors import ArgumentError, InputError, a_kind
+from paring.ir.errors import ArgumentError, ArtifactError, InputError, a_kind
 from paring.ir.graph import Loc, Node
 from paring.ir.liveness import root
 from paring.ir.op import Array
@@ -232,7 +233,10 @@ class Executable(Network):
 
         for step in planned.order:
             tensors = [tensor(node) for node in (*step.operands, step.node)]
-            kernel = self._module.get_function(kernel_name(step, self.built.target), query_imports=True)
+            try:
+                kernel = self._module.get_function(kernel_name(step, self.built.target), query_imports=True)
+            except AttributeError as error:
+                raise ArtifactError("the kernels have names of another version of paring", hint=REBUILD) from error
             yield step, tensors, functools.partial(kernel, *tensors)
 
 

@@ -42,5 +42,6 @@ def saved_bytes(graph: Graph) -> int:
 
 def integers_line(share: float, saved: int) -> str:
     """A line for people about 8 bits: their share of multiply-adds, and bytes saved; empty where they have no share."""
-    size = f"{saved / 2**10:.1f} KiB" if saved < 2**20 else f"{saved / 2**20:.1f} MiB"
-    return f"{share:.1%} of multiply-adds on 8 bits, weights {size} smaller than in float32" if share else ""
+    size = f"{abs(saved) / 2**10:.1f} KiB" if abs(saved) < 2**20 else f"{abs(saved) / 2**20:.1f} MiB"
+    how = "smaller" if saved >= 0 else "larger"
+    return f"{share:.1%} of multiply-adds on 8 bits, weights {size} {how} than in float32" if share else ""

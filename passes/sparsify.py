@@ -91,11 +91,10 @@ class Sparsify(Pass):
         super().check()
         if self.format not in FORMATS:
             raise ArgumentError(f"pass sparsify: format {self.format!r}", hint=f"one of {', '.join(FORMATS)}")
-        if self.group < 1:
-            raise ArgumentError(
-                f"pass sparsify: group {self.group} is not positive", hint="1 where the target has no products of bytes"
-            )
-        if min(self.block, self.span) < 1 or self.span % self.block:
+        costs = {name: getattr(self, name) for name in ("start", "gather", "entry", "ratio", "far")}
+        if least := next((name for name, cost in costs.items() if cost < 0), ""):
+            raise ArgumentError(f"pass sparsify: {least} {costs[least]} is negative", hint="costs are at least 0")
+        if self.span % self.block:
             what = f"pass sparsify: spans of {self.span} channels are no whole blocks of {self.block}"
             raise ArgumentError(what, hint="like sparsify{block=16, span=128}")
 

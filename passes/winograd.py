@@ -71,11 +71,15 @@ class Winograd(Pass):
         if reason := self._obstacle(m.root):
             return m.decline(reason)
         transformed = constant(transformed_weight(self._weight(m.root), self.block), packed.loc)
+        # What fills up the last block of results is zero.
+        if layer.out_channels and bias:
+            real = np.where(np.arange(bias[0].type.size) < layer.out_channels, const_value(bias[0]), 0)
+            bias = [constant(real.astype(np.int32), bias[0].loc)]
         return m.make(WinogradConv2d(layer.padding, layer.layout, layer.pad_value), x, transformed, *bias)
 
     def _obstacle(self, node: Node) -> str:
         """Why a layer is not computed by tiles; empty where it is."""
-        layer, (x, packed, *_) = node.op, node.inputs
+        layer, (x, packed, *bias) = node.op, node.inputs
         assert isinstance(layer, conv.Conv2d)
         if packed.type.shape[2:4] != (TAPS, TAPS) or layer.stride != (1, 1) or layer.dilation != (1, 1):
             return "its kernel is not 3x3 with stride 1"
@@ -83,8 +87,10 @@ class Winograd(Pass):
             return "its channels are in groups"
         if {lay.channel_block(layer.layout), lay.channel_block(layer.out_layout)} != {self.block}:
             return f"it does not run in blocks of {self.block} channels"
+        if layer.out_channels and not all(map(is_const, bias)):
+            return "its bias is not constant"
         if (faster := self._speedup(node.type.shape, *self._channels(node))) < MARGIN:
-            return f"it would be {faster:.2f} times as fast as the direct one, and the model errs by {MARGIN - 1:.0%}"
+            return f"it would be {faster:.2f} times as fast as the direct one, and the estimate errs by {MARGIN - 1:.0%}"
         if (most := greatest_sum(self._weight(node), x.type.dtype)) >= LIMIT:
             return f"its sums reach {most}, and only those below 2^25 come out right"
         return ""
@@ -104,6 +110,8 @@ class Winograd(Pass):
     def _speedup(self, result: tuple[int, ...], inputs: int, outputs: int) -> float:
         """How many times as fast as the direct convolution it is, by the model."""
         images, _, height, width, _ = result
+        if not images:
+            return 1.0
         tiles, reads, writes = (
             ceil(height / RESULTS) * ceil(width / RESULTS),
             ceil(inputs / self.block),

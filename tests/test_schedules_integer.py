@@ -39,6 +39,8 @@ TILED: tuple[tuple[int, tuple[int, int], int, Padding], ...] = (
     (6, (3, 70), 33, ((3, 2), (1, 4))),
     (64, (8, 8), 64, ((0, 0), (0, 0))),
 )
+# A border that the whole kernel fits into.
+WIDE = 5
 ACTIVATIONS = (("uint8", 0), ("uint8", 200), ("int8", 0), ("int8", -9))
 
 
@@ -68,14 +70,16 @@ def requantized(sums: Node, x: Node, rng: np.random.Generator, depth: int) -> Gr
     return run_pipeline(Graph((x,), (node,)), parse_pipeline("fuse")).graph
 
 
-def convolution(target: Target, c: int, size: int, o: int, kernel: int, stride: int, dtype: str, zero: int) -> Graph:
+def convolution(
+    target: Target, c: int, size: int, o: int, kernel: int, stride: int, dtype: str, zero: int, border: int | None = None
+) -> Graph:
     rng, b = np.random.default_rng((c, size, o, kernel)), target.block
     block_in = target.group if c <= target.group else b
     x = Node(Input("x", dtype, (1, -(-c // block_in), size, size + 1, block_in)))
     layout = f"OIHW{block_in // target.group}i{b}o{target.group}i"
     weight = pack.PackConvWeight(layout).ref(extremes(rng, "int8", (o, c, kernel, kernel)))
     bias = np.pad(rng.integers(-3000, 3000, o), (0, -o % b)).astype(np.int32)
-    padding = (kernel // 2, kernel // 2)
+    padding = (kernel // 2, kernel // 2) if border is None else (border, border)
     op = Conv2d(
         (stride, stride),
         (padding, padding),
@@ -99,12 +103,15 @@ def winograd(target: Target, c: int, size: tuple[int, int], o: int, pads: Paddin
     return requantized(Node(op, (x, const(weight), const(bias))), x, rng, c * 9)
 
 
-def narrow(target: Target, c: int, size: int, kernel: int, stride: int, group: int, dtype: str, zero: int) -> Graph:
+def narrow(
+    target: Target, c: int, size: int, kernel: int, stride: int, group: int, dtype: str, zero: int, border: int | None = None
+) -> Graph:
     """Groups of so many channels."""
     rng, b = np.random.default_rng((c, size, kernel)), target.block
     blocks = -(-c // b)
     x = Node(Input("x", dtype, (1, blocks, size, size + 1, b)))
-    layout, padding = f"OIHW{group}i{b}o", (kernel // 2, kernel // 2)
+    layout, around = f"OIHW{group}i{b}o", kernel // 2 if border is None else border
+    padding = (around, around)
     weight = pack.PackConvWeight(layout).ref(extremes(rng, "int8", (c, group, kernel, kernel)))
     bias = rng.integers(-1000, 1000, blocks * b).astype(np.int32)
     names = {"layout": f"NCHW{b}c", "out_layout": f"NCHW{b}c", "weight_layout": layout}
@@ -162,11 +169,10 @@ def graphs(target: Target) -> list[tuple[str, Graph]]:
     layers = [(1, 64, 40), (7, 50, 16), (30, 131, 50), (5, 3, 7), (65, 256, 96)]
     return [
         *(("conv", convolution(target, *c, *x)) for c, x in product(convolutions, ACTIVATIONS)),
+        *(("conv", convolution(target, *c, *ACTIVATIONS[1], WIDE)) for c in [(20, 6, 9, 1, 1), (16, 5, 24, 3, 2)]),
+        *(("depthwise", narrow(target, 16, 6, 3, stride, 1, *ACTIVATIONS[3], WIDE)) for stride in (1, 2)),
         *(("depthwise", narrow(target, *c, *x)) for c, x in product(images, ACTIVATIONS)),
-        *(
-            ("winograd", winograd(target, *c, *x))
-            for c, x in zip(TILED if target.winograd else (), (*ACTIVATIONS, *ACTIVATIONS), strict=False)
-        ),
+        *(("winograd", winograd(target, *c, *x)) for c, x in product(TILED if target.winograd else (), ACTIVATIONS[1::2])),
         *(("gemm", linear(target, *c, x)) for c, x in product(layers, ("uint8", "int8"))),
         *(("gemm", looked_up(target, *c, x)) for c, x in product(layers[:3], ("uint8", "int8"))),
         *(("gemm", looked_up(target, 3, 9, out, "uint8")) for out in (1, 3, 11, 17, 30, 31)),

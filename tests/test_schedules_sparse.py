@@ -136,7 +136,7 @@ def cases(b: int) -> list[tuple[str, Case]]:
 
 def byte_cases(b: int) -> list[tuple[str, Case]]:
     """The same on 8 bits: each sign, padding that is zero and that is not, rows and columns all of padding, parts of sums."""
-    pad, wide, uneven = ((1, 1), (1, 1)), ((3, 1), (0, 4)), ((2, 0), (0, 1))
+    pad, wide, uneven = ((1, 1), (1, 1)), ((4, 1), (0, 5)), ((2, 0), (0, 1))
 
     def bytes_(inputs: int, outputs: int, kernel: int, zero: int = 0, **window: object) -> SparseConv2d:
         return conv(b, b, (inputs, outputs), kernel, group=4, pad_value=zero, **window)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from quantized_graphs import quantized_graph
 
 from paring.backends.targets import TARGETS
 from paring.ir import Const, Graph, Input, Node, interpret
@@ -12,8 +13,9 @@ from paring.ir.errors import ArgumentError, IRTypeError
 from paring.ir.op import Array
 from paring.ir.ops import conv, pack, winograd
 from paring.ir.types import TensorType
+from paring.ir.work import integers_line, saved_bytes
 from paring.passes.manager import Result, run_pipeline
-from paring.passes.pipelines import parse_pipeline
+from paring.passes.pipelines import parse_pipeline, pipeline
 from paring.passes.winograd import Winograd, greatest_sum
 
 pytestmark = pytest.mark.fast
@@ -139,7 +141,7 @@ def test_floats_are_left_alone() -> None:
     assert isinstance(after(Graph((x,), (Node(op, (x, weight)),))).graph.outputs[0].op, conv.Conv2d)
 
 
-@pytest.mark.parametrize("text", ["winograd{ratio=-1.0}", "winograd{far=-0.5}"])
+@pytest.mark.parametrize("text", ["winograd{ratio=-1.0}", "winograd{far=-0.5}", "sparsify{ratio=-1.0}", "sparsify{gather=-2.0}"])
 def test_options_that_make_no_sense(text: str) -> None:
     with pytest.raises(ArgumentError, match="is negative"):
         parse_pipeline(text)
@@ -160,5 +162,25 @@ def test_operands_that_do_not_fit() -> None:
     for said, types in wrong.items():
         with pytest.raises(IRTypeError, match=said):
             op.infer(*types)
+    odd = TensorType("uint8", (1, 2, 6, 6, 3)), TensorType("int16", (2, 36, 3, 3, 2))
+    with pytest.raises(IRTypeError, match="blocks of an odd size"):
+        winograd.WinogradConv2d(layout="NCHW3c").infer(*odd)
     with pytest.raises(IRTypeError, match="pad_value"):
         winograd.WinogradConv2d(layout="NCHW4c", pad_value=300).infer(x, weight)
+
+
+def test_weights_that_grow_are_said_to() -> None:
+    """36 numbers of 16 bits instead of 9 of 32."""
+    saved = saved_bytes(after(layer(64, 64, 56)).graph)
+    assert saved == 64 * 64 * (9 * 4 - 36 * 2)
+    assert "weights 144.0 KiB larger than in float32" in integers_line(1.0, saved)
+    assert "smaller" in integers_line(1.0, saved_bytes(layer(64, 64, 56)))
+
+
+def test_many_random_networks_have_convolutions_by_tiles() -> None:
+    """Where all that can are taken: the tests of their bits would say little else."""
+    options = {**OPTIONS, "winograd": 1e6, "far": 0.0}
+    passes = pipeline("blocked", options)
+    graphs = [quantized_graph(np.random.default_rng((5, seed)), 3)[0] for seed in range(64, 96)]
+    kinds = [[getattr(n.op, "kind", "") for n in run_pipeline(graph, passes).graph.nodes()] for graph in graphs]
+    assert sum("winograd_conv2d" in found for found in kinds) >= 3

@@ -59,10 +59,10 @@ def _sum(kernel: Kernel, node: Node, cut: Lists, channel: Value, read: Read) -> 
         first, last = (kernel.bind(kernel.value(starts, (number + end,))) for end in (0, 1))
         with kernel.loop(last, start=first) as entry:
             place = kernel.bind(kernel.value(places, (entry,)))
-            for number in range(cut.group):
+            for member in range(cut.group):
                 # What fills up the last group counts for nothing: there the last channel is read instead.
-                read_at = place + number
-                weight = cast(kernel.value(values, (entry, lane * cut.group + number)), dtype)
+                read_at = place + member
+                weight = cast(kernel.value(values, (entry, lane * cut.group + member)), dtype)
                 if cut.inputs % cut.group:
                     weight = tirx.Select(read_at < cut.inputs, weight, constant(0, dtype))
                     read_at = tirx.min(read_at, cut.inputs - 1)

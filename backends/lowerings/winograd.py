@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
+from paring.backends import wrapping
 from paring.backends.kernel import Index, Kernel, Scalar, Value, as_int, constant
 from paring.backends.lowerings.loops import accumulator, by_lane, choose, clamp, scalar_only, within
 from paring.backends.lowerings.product import read_channel
@@ -39,7 +40,7 @@ def winograd_conv2d(kernel: Kernel, node: Node, index: Index) -> Value:
     ninth = (kernel.load(register, where) & constant(MODULO, "int64")) * constant(NINTH, "int64")
     result = cast(ninth, "int32") >> constant(SHIFT, "int32")
     for bias in node.inputs[2:]:
-        result = result + kernel.value(bias, (block * node.type.shape[4] + lane,))
+        result = wrapping.add(result, kernel.value(bias, (block * node.type.shape[4] + lane,)))
     return result
 
 

@@ -198,15 +198,16 @@ def computed(used: int, block: int) -> int:
 
 
 def kernel_rows(kernel: Kernel, shape: Shape, y: Scalar) -> tuple[Scalar, Scalar]:
-    """The range of kernel rows that meet the image in output row y; empty where none does."""
+    """The range [low, high) of kernel rows that meet the image in output row y; 0 <= low <= high <= kernel rows, always."""
     if not shape.padded_rows:
         return 0, shape.kernel[0]
     step, origin = shape.dilation[0], y * shape.stride[0] - shape.top
     low, high = (step - 1 - origin) // step, (shape.height - 1 - origin) // step + 1
+    # Padding may be larger than the kernel, so that all of it lies above the image, or below.
     if isinstance(y, int):
-        low = max(0, low)
+        low = min(max(0, low), shape.kernel[0])
         return low, max(low, min(shape.kernel[0], high))
-    low = kernel.bind(tirx.max(0, low))
+    low = kernel.bind(tirx.min(tirx.max(0, low), shape.kernel[0]))
     return low, kernel.bind(tirx.max(low, tirx.min(shape.kernel[0], high)))
 
 

@@ -56,7 +56,7 @@ def knobs(node: Node, target: Target) -> VectorKnobs:
     """The default settings: all registers, or half of them where lists are short; of few pixels, several sums for each."""
     shape, values = shape_of(node, target), node.inputs[1].type
     entries = values.shape[0] // shape.out_blocks
-    most = tile_height(target, shape.block, 2 if overlaps(target, entries) else 1)
+    most = max(1, tile_height(target, shape.block, 2 if overlaps(target, entries) else 1) - dot_of(node, target).uniform)
     columns = min(most, shape.out_width, _in_cache(node, shape, target))
     image = node.inputs[0].type.bytes + node.type.bytes
     pixels_first = values.bytes <= target.l2 // 2 and image > values.bytes and shape.images == 1

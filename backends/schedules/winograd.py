@@ -275,7 +275,7 @@ class _Item:
 
         def value(i: int, column: int) -> Value:
             settled = wrapping.mul(results[column][i], full(results[column][i], NINTH)) >> full(results[column][i], SHIFT)
-            return settled if offset is None else settled + offset
+            return settled if offset is None else wrapping.add(settled, offset)
 
         for i in range(RESULTS):
 

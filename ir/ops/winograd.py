@@ -2,7 +2,8 @@
 
 A tile of 6x6 pixels d and a kernel g of 3x3 give 4x4 results by 36 multiplications instead of 144:
 `Y = A' [(G' g G'^T) * (B' d B'^T)] A'^T / 576`. The rows of G are scaled until they are integers, and those of A' make up for it,
-so nothing is ever rounded. B' d B'^T fits 16 bits (|d| <= 255 grows at most 50 times), G' g G'^T too (|g| <= 128, 49 times).
+so nothing is ever rounded. B' d B'^T fits 16 bits (d in 0..255 grows at most 50 times, |d| <= 128 100 times), and so does
+G' g G'^T (|g| <= 128, 49 times).
 
 Sums over the channels are taken modulo 2^32, and so is A': 576 = 9 * 64, where 9 has an inverse modulo 2^32 and 64 is a shift.
 What comes out is the sum itself wherever that fits 26 bits: |Y| < 2^25. Whoever makes a node proves it from the weights.
@@ -71,10 +72,12 @@ class WinogradConv2d(Op):
         require(block is not None and x.rank == 5 and x.shape[4] == block, f"x does not fit layout {self.layout}", why=f"{x}")
         require(x.dtype in BYTES and weight.dtype == "int16", "x is not of 8 bits, or the weight not of 16", why=f"{x}, {weight}")
         n, blocks, height, width, size = x.shape
+        # Channels are read in pairs, none of them beyond the last block.
+        require(size % 2 == 0, f"layout {self.layout} has blocks of an odd size")
         fits = weight.rank == 5 and (weight.shape[1], *weight.shape[3:]) == (POSITIONS, size, 2)
         require(fits and weight.size > 0, "the weight is not transformed for x", why=f"{weight}")
         read = 2 * weight.shape[2]
-        require((blocks - 1) * size < read < blocks * size + 2, "the weight does not end in the last block", why=f"{weight}, {x}")
+        require((blocks - 1) * size < read <= blocks * size, "the weight does not end in the last block", why=f"{weight}, {x}")
         require(min(map(min, self.padding)) >= 0, "padding is not negative")
         low, high = limits(x.dtype)
         require(low <= self.pad_value <= high, f"pad_value {self.pad_value} does not fit {x.dtype}")
@@ -105,16 +108,15 @@ class WinogradConv2d(Op):
         scaled = OF_SUMS @ sums.transpose(2, 3, 4, 5, 0, 1) @ OF_SUMS.T
         y = _settled(scaled).transpose(0, 3, 1, 4, 2, 5).reshape(n, blocks * block, tiles[0] * RESULTS, tiles[1] * RESULTS)
         y = y[:, :, : extents[0], : extents[1]]
-        return lay.block_activation(y + bias[0].astype(np.int64)[:, None, None] if bias else y, block)
+        y = y + bias[0].astype(np.int64)[:, None, None] if bias else y
+        return lay.block_activation(y.astype(np.int32), block)
 
     def magnitude(self, result: Array, values: tuple[Array, ...], bounds: tuple[Array, ...]) -> Array:
         return np.abs(result.astype(np.float64))
 
     def macs(self, result: TensorType, *types: TensorType) -> int:
-        """Those that are carried out, of 16 bits: 36 for 16 results."""
-        n, blocks, height, width, block = result.shape
-        tiles = -(-height // RESULTS) * -(-width // RESULTS)
-        return n * tiles * POSITIONS * blocks * block * 2 * types[1].shape[2]
+        """By the usual counting, those of the direct convolution: 36 for 16 results are carried out where it has 144."""
+        return result.size * 2 * types[1].shape[2] * TAPS**2
 
     @classmethod
     def samples(cls, rng: np.random.Generator) -> list[Sample]:

@@ -81,7 +81,8 @@ class Profile:
             lines.append(integers_line(self.integer_share, self.saved_bytes))
         if any(row.share > 1 for row in self.rows):
             lines.append(
-                "over 100 %: multiply-adds on padding are counted as usual, but not computed; bytes may come from a cache"
+                "over 100 %: multiply-adds on padding, and those that convolutions by tiles save, are counted but not computed; "
+                "8 bits are held against float32; bytes may come from a cache"
             )
         return "\n".join(lines)
 

@@ -113,7 +113,10 @@ class Ledger:
     def on_integers(self) -> str:
         """A line about 8 bits in the program that came out; empty where it has none."""
         last = self.entries[-1].after if self.entries else Size(0, 0, 0, 0)
-        return integers_line(last.integer_share, last.saved_bytes)
+        names = {entry.name.partition("{")[0] for entry in self.entries}
+        asked = last.macs and {"quantize", "fold-qdq"} <= names
+        none = "no multiply-adds on 8 bits: `paring why-not ... --pass fold-qdq` says why" if asked else ""
+        return integers_line(last.integer_share, last.saved_bytes) or none
 
     def as_json(self, *, times: bool = True) -> dict[str, object]:
         """As plain data; without times it is the same for the same program."""

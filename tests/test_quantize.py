@@ -326,7 +326,17 @@ def test_the_ledger_reads_back_with_its_ratios_and_notes() -> None:
     again = Ledger.from_json(json.loads(json.dumps(ledger.as_json())))
     assert again == ledger
     assert again.entries[0].sqnr
-    assert any("of multiply-adds on 8 bits" in note for note in again.entries[0].notes)
+    assert any("of multiply-adds between roundings to 8 bits" in note for note in again.entries[0].notes)
+
+
+def test_the_ledger_says_where_nothing_runs_on_integers() -> None:
+    """Sums of 70,000 products may leave 32 bits: the layer is rounded, and stays in float."""
+    x = Node(Input("x", "float32", (1, 70_000)))
+    graph = Graph((x,), (Node(linear.Linear(), (x, Node(Const(np.ones((3, 70_000), np.float32))))),))
+    ledger = run(graph, "quantize, fold-qdq").ledger
+    assert ledger.entries[-1].after.integer_share == 0
+    assert "no multiply-adds on 8 bits" in str(ledger)
+    assert "no multiply-adds on 8 bits" not in str(run(chain(), "quantize").ledger)
 
 
 # --- units ----------------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class Quantize(Pass):
 
 def _notes(graph: Graph, chosen: Sequence[Unit], left: Sequence[Unit], ratios: dict[str, float], settings: Quantize) -> list[str]:
     total = sum(node.macs for node in graph.nodes())
-    notes = [f"{sum(unit.macs for unit in chosen) / total:.1%} of multiply-adds on 8 bits"] if total else []
+    notes = [f"{sum(unit.macs for unit in chosen) / total:.1%} of multiply-adds between roundings to 8 bits"] if total else []
     if ratios:
         what = "the outputs when only it is quantized" if settings.scan == "network" else "its own result"
         notes.append(f"SQNR of a layer: of {what}")

@@ -13,11 +13,13 @@ from tvm import tirx
 
 from paring.backends.build import build, emit, kernel_name
 from paring.backends.codegen import PASSES, lower, write_object
+from paring.backends.families import lower_region
 from paring.backends.kernel import tvm_target
 from paring.backends.memory import plan
 from paring.backends.targets import TARGETS, Target
-from paring.ir import Graph
+from paring.ir import Graph, Input, Node
 from paring.ir.errors import InternalError
+from paring.ir.ops import OPS
 from paring.passes.manager import run_pipeline
 from paring.passes.pipelines import parse_pipeline, pipeline
 
@@ -50,6 +52,16 @@ def test_the_passes_leave_what_the_pipeline_of_tvm_leaves(name: str) -> None:
     machine = tvm_target(target)
     for kernel, function in kernels(target, range(5)).items():
         assert tvm_ffi.structural_equal(lower(kernel, function, machine), by_tvm(kernel, function, machine)), kernel
+
+
+def test_the_passes_leave_what_the_pipeline_leaves_of_every_operator() -> None:
+    target = TARGETS["x86-vnni"]
+    machine, rng = tvm_target(target), np.random.default_rng(0)
+    for name in sorted(set(OPS) - {"input", "const", "region"}):
+        op, types = OPS[name].samples(rng)[-1]
+        inputs = tuple(Node(Input(f"a{i}", t.dtype, t.shape)) for i, t in enumerate(types))
+        function = lower_region(Graph(inputs, (Node(op, inputs),)), target, name)
+        assert tvm_ffi.structural_equal(lower(name, function, machine), by_tvm(name, function, machine)), name
 
 
 def test_a_list_without_one_of_the_passes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

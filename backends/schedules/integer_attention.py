@@ -235,8 +235,9 @@ class Head:
             kernel.store(self.weights, place, flipped)
 
         whole, rest = divmod(self.sizes.keys, lanes)
-        with kernel.loop(whole) as i:
-            visit(i, partly)
+        if whole:
+            with kernel.loop(whole) as i:
+                visit(i, partly)
         if rest:
             visit(whole, True)
         weights = bind(horizontal(kernel.load(total, where), lambda x, y: x + y))

@@ -57,11 +57,11 @@ class Winograd(Pass):
             """conv2d(x, constant w, b) -> winograd_conv2d(x, transformed w, b)"""
             return self._conv2d(m)
 
-        return (Rule(op(conv.Conv2d, where=_of_bytes), winograd_conv2d, self.contract),) if self.ratio else ()
+        return (Rule(op(conv.Conv2d, where=_of_bytes), winograd_conv2d, self.contract),)
 
     def gain(self, node: Node) -> float:
         """How many times as fast a layer will be by this pass, by the model; 1 where it stays as it is."""
-        if not self.ratio or not isinstance(node.op, conv.Conv2d) or not _of_bytes(node) or self._obstacle(node):
+        if not isinstance(node.op, conv.Conv2d) or not _of_bytes(node) or self._obstacle(node):
             return 1.0
         return self._speedup(node.type.shape, *self._channels(node))
 
@@ -81,6 +81,8 @@ class Winograd(Pass):
         """Why a layer is not computed by tiles; empty where it is."""
         layer, (x, packed, *bias) = node.op, node.inputs
         assert isinstance(layer, conv.Conv2d)
+        if not self.ratio:
+            return "the target has no kernel for products of 16 bits"
         if packed.type.shape[2:4] != (TAPS, TAPS) or layer.stride != (1, 1) or layer.dilation != (1, 1):
             return "its kernel is not 3x3 with stride 1"
         if layer.groups > 1:
@@ -112,11 +114,8 @@ class Winograd(Pass):
         images, _, height, width, _ = result
         if not images:
             return 1.0
-        tiles, reads, writes = (
-            ceil(height / RESULTS) * ceil(width / RESULTS),
-            ceil(inputs / self.block),
-            ceil(outputs / self.block),
-        )
+        tiles = ceil(height / RESULTS) * ceil(width / RESULTS)
+        reads, writes = ceil(inputs / self.block), ceil(outputs / self.block)
         moved = self.far * inputs * writes * self.block
         direct = images * height * width * TAPS**2 * ceil(inputs / self.group) * writes * self.ratio + moved * TAPS**2
         products = MOVING * POSITIONS * ceil(inputs / 2) * writes

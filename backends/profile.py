@@ -82,7 +82,7 @@ class Profile:
         if any(row.share > 1 for row in self.rows):
             lines.append(
                 "over 100 %: multiply-adds on padding, and those that convolutions by tiles save, are counted but not computed; "
-                "8 bits are held against float32; bytes may come from a cache"
+                "integers are held against floats; what is read may come from a cache"
             )
         return "\n".join(lines)
 

@@ -79,7 +79,7 @@ def test_a_file_and_a_function_give_the_same_network(net: Path, tmp_path: Path) 
     assert entries[0]
     assert all(entry == entries[0] for entry in entries)
     shown = compiled(net, tmp_path / "x.npy").out
-    assert "of multiply-adds on 8 bits" in shown
+    assert "of multiply-adds between roundings to 8 bits" in shown
     assert "lowest SQNR of" in shown
 
 

@@ -37,7 +37,7 @@ SLOPE_ERROR = 1e-3
 # What torch does not compute for us: of targets and their layouts, and of 8-bit integers.
 WITHOUT_A_ROW = {
     *("input", "const", "region", "layout_transform", "pack_conv_weight", "pack_linear_weight", "integer_attention"),
-    *("sparse_conv2d", "sparse_linear"),
+    *("sparse_conv2d", "sparse_linear", "winograd_conv2d"),
     *("quantize", "dequantize", "dequantize_channels", "descale", "requantize", "quantized_mul", "lookup"),
 }
 

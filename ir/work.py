@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.core import Const, Region
-from paring.ir.ops.winograd import WinogradConv2d
+from paring.ir.ops.winograd import POSITIONS, TAPS, WinogradConv2d
 from paring.ir.types import BYTES, DTYPES
 
 FLOAT_BYTES = DTYPES["float32"].bits // 8
@@ -34,8 +34,8 @@ def saved_bytes(graph: Graph) -> int:
             weight = outside.get(product.inputs[1], product.inputs[1])
             if not isinstance(weight.op, Const) or product.inputs[0].type.dtype not in BYTES:
                 continue
-            # Of a transformed weight there are four numbers for each of the plain one.
-            plain = weight.type.size // 4 if isinstance(product.op, WinogradConv2d) else weight.type.size
+            tiles = isinstance(product.op, WinogradConv2d)
+            plain = weight.type.size * TAPS**2 // POSITIONS if tiles else weight.type.size
             saved[weight.op.digest] = plain * FLOAT_BYTES - weight.type.bytes
     return sum(saved.values())
 

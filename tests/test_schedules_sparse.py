@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
+from test_schedules_integer import extremes
 
 import paring
 from paring.backends import emulator_build
@@ -84,12 +85,6 @@ def byte_case(op: SparseConv2d | SparseLinear, x: tuple[int, ...], dtype: str, d
     if epilogue == "look-up":
         y = Node(Lookup(), (y, operand(rng.integers(0, 256, 256).astype("uint8"))))
     return Graph(tuple(given), (y,)), arrays
-
-
-def extremes(rng: np.random.Generator, dtype: str, size: tuple[int, ...]) -> Array:
-    info = np.iinfo(dtype)
-    any_ = rng.integers(info.min, info.max + 1, size)
-    return np.where(rng.random(size) < 0.33, rng.choice([info.min, info.max], size), any_).astype(dtype)
 
 
 def conv(b: int, block: int, channels: tuple[int, int], kernel: int, span: int = 0, **window: object) -> SparseConv2d:

@@ -211,6 +211,12 @@ def kernel_rows(kernel: Kernel, shape: Shape, y: Scalar) -> tuple[Scalar, Scalar
     return low, kernel.bind(tirx.max(low, tirx.min(shape.kernel[0], high)))
 
 
+def rows_of_padding(shape: Shape, rows: tuple[Scalar, Scalar]) -> tuple[tuple[Scalar, Scalar], ...]:
+    """The ranges of kernel rows that lie in the padding where `rows` meet the image: above it and below."""
+    low, high = rows
+    return ((0, low), (high, shape.kernel[0])) if shape.padded_rows else ()
+
+
 @dataclass(frozen=True)
 class _Step:
     """`count` channels from `channel` on of input block `ci`, at row `kh` and tap `first` + `tap` of the kernel.
@@ -297,8 +303,8 @@ class _Tile:
             return
         for taps, reached in self._strips():
             self._taps(ci, (low, high), taps, reached, channels)
-        if self.padding is not None and s.padded_rows:
-            for rows in ((0, low), (high, s.kernel[0])):
+        if self.padding is not None:
+            for rows in rows_of_padding(s, (low, high)):
                 self._taps(ci, rows, range(s.kernel[1]), range(0), channels)
 
     def _taps(self, ci: Scalar, rows: tuple[Scalar, Scalar], taps: range, reached: range, channels: int) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tvm import tirx
 
 from paring.backends.kernel import Kernel, Lanes, Scalar, Value, constant
-from paring.backends.schedules.conv import Shape, kernel_rows
+from paring.backends.schedules.conv import Shape, kernel_rows, rows_of_padding
 from paring.backends.schedules.dot import Dot
 from paring.backends.schedules.tiles import (
     Accumulators,
@@ -106,8 +106,8 @@ def _tile(kernel: Kernel, anchor: Node, shape: Shape, at: tuple[Scalar, ...], ti
                     sums.add(i, 0, pixel, weights[tap])
             if padding is not None:
                 _pad(sums, padding, weights, tile.kind)
-    if padding is not None and shape.padded_rows:
-        for start, stop in ((0, low), (high, shape.kernel[0])):
+    if padding is not None:
+        for start, stop in rows_of_padding(shape, (low, high)):
             with kernel.loop(stop, start=start) as kh:
                 for member in range(group):
                     _pad(sums, padding, taps(kh, member), [range(0)] * shape.kernel[1])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from paring.backends.kernel import Kernel, Scalar
-from paring.backends.schedules.conv import Shape, kernel_rows
+from paring.backends.schedules.conv import Shape, kernel_rows, rows_of_padding
 from paring.backends.schedules.dot import dot_of
 from paring.backends.schedules.sparse import Results, each_entry, find_anchor, lists_of, shape_of
 from paring.backends.schedules.tiles import (
@@ -31,6 +31,7 @@ from paring.backends.schedules.tiles import (
 from paring.backends.targets import Target
 from paring.ir.graph import Graph, Node
 from paring.ir.ops.sparse import SparseConv2d
+from paring.ir.types import DTYPES
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _in_cache(node: Node, shape: Shape, target: Target) -> int:
     Where their distance has a large power of two as a factor, they share few sets of the cache.
     """
     way, x = target.l1 // WAYS, node.inputs[0].type
-    return WAYS * way // gcd(way, shape.stride[1] * shape.block_in * (x.bytes // x.size))
+    return WAYS * way // gcd(way, shape.stride[1] * shape.block_in * DTYPES[x.dtype].bytes)
 
 
 # Lines of a set of the first cache.
@@ -120,8 +121,8 @@ class _Tile:
         low, high = kernel_rows(k, s, y)
         self._rows(low, high, self.tile.kind)
         # Rows of zeros go through no step, so nothing has to be taken off for them.
-        if pad_value and s.padded_rows:
-            for rows in ((0, low), (high, s.kernel[0])):
+        if pad_value:
+            for rows in rows_of_padding(s, (low, high)):
                 self._rows(*rows, [range(0)] * s.kernel[1])
 
         def value(i: int, j: int) -> object:

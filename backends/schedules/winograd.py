@@ -173,7 +173,8 @@ class _Item:
         self.tiles, self.channels = self.height * self.width.width, s.in_blocks * s.block
         self.dot: Pairs = PAIRS[k.target.dot]
         self.pixels = k.local(POSITIONS * self.tiles * self.channels, "int16")
-        self.row = k.local(PIXELS * (self.width.width * RESULTS + 2) * s.block, "int16")
+        self.columns = self.width.width * RESULTS + PIXELS - RESULTS
+        self.row = k.local(PIXELS * self.columns * s.block, "int16")
         self.sums = k.local(POSITIONS * self.tiles * min(TOGETHER, self.blocks) * s.block, "int32")
         with k.loop(self.height) as row:
             tile_row = k.bind(self.at[2] + row)
@@ -192,7 +193,7 @@ class _Item:
         k, s = self.kernel, self.sizes
         n, _, _, tile_column = self.at
         x = k.buffers[self.anchor.inputs[0]]
-        columns, (across, _) = self.width.width * RESULTS + 2, self.width.kind
+        columns, (across, _) = self.columns, self.width.kind
         top, left = tile_row * RESULTS - s.top, tile_column * RESULTS - s.left
         fill = constant(s.fill, "int16", s.block)
         origin = k.bind((((n * s.in_blocks + block) * s.height + top) * s.width + left) * s.block)
@@ -214,9 +215,8 @@ class _Item:
     def _rows(self, block: Scalar, row: Scalar) -> None:
         """What these have become, transformed along the rows."""
         k, s = self.kernel, self.sizes
-        columns = self.width.width * RESULTS + 2
         with k.loop(self.width.width) as tile, k.loop(PIXELS) as i:
-            start = k.bind((i * columns + tile * RESULTS) * s.block)
+            start = k.bind((i * self.columns + tile * RESULTS) * s.block)
             given = [k.bind(k.load(self.row, Lanes(start + j * s.block, s.block))) for j in range(PIXELS)]
             place = k.bind((i * PIXELS * self.tiles + row * self.width.width + tile) * self.channels + block * s.block)
             for j, value in enumerate(_of_pixels(k, given)):
@@ -224,28 +224,33 @@ class _Item:
 
     def _products(self, first: Scalar, blocks: int) -> None:
         """At each position the pixels of all tiles times the weights of some output blocks."""
-        k, s, dot = self.kernel, self.sizes, self.dot
-        weights, pairs = k.buffers[self.anchor.inputs[1]], s.read // dot.depth
+        k, s = self.kernel, self.sizes
         tiles = runs(balanced(self.tiles, tile_height(k.target, s.block, blocks)))
         with k.loop(POSITIONS) as position:
             for run in tiles:
                 with k.loop(run.count) as number:
                     tile = k.bind(position * self.tiles + run.start + number * run.width)
-                    sums = Accumulators(k, run.width, [s.block] * blocks, dot)
-                    for j in range(blocks):
-                        sums.start(j)
-                    with k.loop(pairs) as pair:
-                        slab = POSITIONS * pairs * s.block * dot.depth
-                        where = k.bind(first * slab + (position * pairs + pair) * s.block * dot.depth)
-                        vectors = [dot.weights(k, weights, where + j * slab, s.block) for j in range(blocks)]
-                        pixel = k.bind(tile * self.channels + pair * dot.depth)
-                        for i in range(run.width):
-                            value = dot.pixel(k, self.pixels, pixel + i * self.channels, dot.depth)
-                            for j, vector in enumerate(vectors):
-                                sums.add(i, j, value, vector)
-                    for i in range(run.width):
-                        for j in range(blocks):
-                            k.store(self.sums, Lanes(((tile + i) * blocks + j) * s.block, s.block), sums.value(i, j))
+                    self._product(first, blocks, position, tile, run.width)
+
+    def _product(self, first: Scalar, blocks: int, position: Scalar, tile: Scalar, width: int) -> None:
+        """One register tile of them: `width` tiles, of which the first is number `tile` of all positions'."""
+        k, s, dot = self.kernel, self.sizes, self.dot
+        weights, pairs = k.buffers[self.anchor.inputs[1]], s.read // dot.depth
+        sums = Accumulators(k, width, [s.block] * blocks, dot)
+        for j in range(blocks):
+            sums.start(j)
+        with k.loop(pairs) as pair:
+            slab = POSITIONS * pairs * s.block * dot.depth
+            where = k.bind(first * slab + (position * pairs + pair) * s.block * dot.depth)
+            vectors = [dot.weights(k, weights, where + j * slab, s.block) for j in range(blocks)]
+            pixel = k.bind(tile * self.channels + pair * dot.depth)
+            for i in range(width):
+                value = dot.pixel(k, self.pixels, pixel + i * self.channels, dot.depth)
+                for j, vector in enumerate(vectors):
+                    sums.add(i, j, value, vector)
+        for i in range(width):
+            for j in range(blocks):
+                k.store(self.sums, Lanes(((tile + i) * blocks + j) * s.block, s.block), sums.value(i, j))
 
     def _results(self, first: Scalar, blocks: int) -> None:
         """The results of all tiles in some output blocks."""
@@ -267,14 +272,15 @@ class _Item:
         def load(position: int) -> Value:
             return k.bind(k.load(self.sums, Lanes(start + position * self.tiles * blocks * s.block, s.block)))
 
-        across = [_of_sums(k, [load(i * PIXELS + j) for j in range(PIXELS)]) for i in range(PIXELS)]
+        across = [_of_sums(k, [load(i * PIXELS + column) for column in range(PIXELS)]) for i in range(PIXELS)]
         bias = self.anchor.inputs[2:]
         offset = k.value(bias[0], (Lanes(block * s.block, s.block),)) if bias else None
-        results = [_of_sums(k, [across[i][j] for i in range(PIXELS)]) for j in range(columns)]
+        results = [_of_sums(k, [across[i][column] for i in range(PIXELS)]) for column in range(columns)]
         y, x = k.bind((tile_row + row) * RESULTS), k.bind((tile_column + tile) * RESULTS)
 
         def value(i: int, column: int) -> Value:
-            settled = wrapping.mul(results[column][i], full(results[column][i], NINTH)) >> full(results[column][i], SHIFT)
+            scaled = results[column][i]
+            settled = wrapping.mul(scaled, full(scaled, NINTH)) >> full(scaled, SHIFT)
             return settled if offset is None else wrapping.add(settled, offset)
 
         for i in range(RESULTS):
